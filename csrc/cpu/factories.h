@@ -1,0 +1,34 @@
+// The kernels' factories, once per instruction set.
+//
+// Every csrc/cpu/*.cpp is compiled once per set with PLL_NS (a namespace: scalar, avx2,
+// avx512, avx512_bf16) and PLL_ISA (0..3) defined; runtime/dispatch.cpp picks one set.
+// Those files use no std containers or other inline library code: the linker keeps one copy
+// of a shared inline function, and it may be the one built for a newer machine.
+#ifndef PYLLMLITE_CPU_FACTORIES_H
+#define PYLLMLITE_CPU_FACTORIES_H
+
+#include "pyllmlite/ops.h"
+
+#define PLL_ISA_SCALAR 0
+#define PLL_ISA_AVX2 1         // AVX2, FMA, F16C
+#define PLL_ISA_AVX512 2       // F, BW, DQ, VL, VNNI
+#define PLL_ISA_AVX512_BF16 3  // and BF16
+
+#ifndef PLL_DECLARE_NS
+#define PLL_DECLARE_NS(ns)                           \
+  namespace pyllmlite::ns {                          \
+  pll_op make_linear(const LinearSpec& spec);        \
+  pll_op make_norm(const NormOpSpec& spec);          \
+  pll_op make_embed(const EmbedSpec& spec);          \
+  pll_op make_rotary_store(const RotaryStoreSpec& spec); \
+  pll_op make_attention(const AttentionSpec& spec);  \
+  pll_op make_sample(int64_t vocab_size);            \
+  }
+#endif
+
+PLL_DECLARE_NS(scalar)
+PLL_DECLARE_NS(avx2)
+PLL_DECLARE_NS(avx512)
+PLL_DECLARE_NS(avx512_bf16)
+
+#endif

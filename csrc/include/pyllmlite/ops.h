@@ -1,0 +1,132 @@
+// The built-in CPU ops: what each fuses, which buffers it takes, what it computes.
+//
+// A factory returns a pll_op whose state it owns; pointers in a spec must outlive the op.
+// The public factory picks the implementation for the instruction set in use; the
+// implementations live in csrc/cpu, one file a family, compiled once per set.
+// `tokens` below is batch.num_tokens; buffers are f32 [max_num_tokens, width] unless said.
+#ifndef PYLLMLITE_OPS_H
+#define PYLLMLITE_OPS_H
+
+#include <cstdint>
+
+#include "pyllmlite/op.h"
+
+namespace pyllmlite {
+
+enum class WeightFormat : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+// A weight matrix [n, k] in the order the kernels read (made by pack_linear, see pack.h).
+// INT8 and INT4 are w = scales[g] * code + mins[g], code in [-128, 127] or [0, 15],
+// g = column / group_size; group_size 0: one group per row.  The last group may be short.
+struct PackedLinear {
+  WeightFormat format = WeightFormat::F32;
+  int64_t n = 0, k = 0;
+  int64_t group_size = 0;
+  const void* data = nullptr;
+  const uint16_t* scales = nullptr;  // f16, packed beside data
+  const uint16_t* mins = nullptr;    // f16, or null: symmetric int8 (min 0) / int4 (min -8 * scale)
+};
+
+enum class Norm : int32_t { NONE = 0, RMS = 1, LAYER = 2 };
+enum class Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4 };
+
+struct NormSpec {
+  Norm kind = Norm::NONE;
+  float eps = 1e-5f;
+  const float* weight = nullptr;  // [width]; null: ones.  (Gemma's 1 + w is folded in at load.)
+  const float* bias = nullptr;    // [width] or null
+};
+
+// out = epilogue(norm(x) @ W^T + bias).  Buffers: x, out; with `residual`: out += instead of =.
+// Gated: W's rows alternate in blocks of 16, gate then up (pack_linear does it), and
+// out[:, j] = activation(gate_j) * up_j has n / 2 columns.
+struct LinearSpec {
+  PackedLinear weight;
+  NormSpec norm;                            // over the input row, before the permutation
+  const int32_t* input_permutation = nullptr;  // [k]: column j of W reads x[input_permutation[j]]
+  const float* input_scale = nullptr;       // [k]: multiplies the normed input (AWQ)
+  bool int8_activations = false;            // quantize rows to int8 per group of `activation_group`
+  int64_t activation_group = 0;             // 0: the weight's group, or 64 where that is the whole row
+  const float* bias = nullptr;              // [n]
+  Activation activation = Activation::NONE;
+  bool gated = false;
+  bool residual = false;
+  bool logit_rows = false;                  // input rows are gathered by batch.logit_rows and
+                                            // out has num_logit_rows rows
+  float softcap = 0;                        // > 0: out = softcap * tanh(out / softcap)
+  float output_scale = 1;                   // multiplies before bias and softcap
+};
+pll_op make_linear(const LinearSpec& spec);
+
+// out[t] = norm(x[t]); with `residual`: out[t] += norm(x[t]).  Buffers: x, out (may be one).
+struct NormOpSpec {
+  NormSpec norm;
+  int64_t width = 0;
+  bool residual = false;
+};
+pll_op make_norm(const NormOpSpec& spec);
+
+// out[t] = scale * table[token_ids[t]] (+ positions_table[positions[t] + position_offset]).
+// Buffers: out.  The table is a PackedLinear [vocab, hidden], so a tied head needs no copy.
+struct EmbedSpec {
+  PackedLinear table;
+  float scale = 1;
+  const float* position_table = nullptr;  // [rows, hidden]
+  int64_t num_positions = 0;
+  int64_t position_offset = 0;
+};
+pll_op make_embed(const EmbedSpec& spec);
+
+// KV storage of the built-in caches.  K: [num_blocks, num_kv_heads, head_dim, block_size]
+// (keys transposed: 16 keys to a vector); V: [num_blocks, num_kv_heads, block_size, head_dim].
+// block_size is a multiple of 16.
+struct KVLayout {
+  pll_dtype dtype = PLL_F32;  // F32 or BF16
+  int32_t num_blocks = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t block_size = 0;
+};
+
+// Optional per-head q/k RMS norm, then rotary (half-split pairs i, i + rotary_dim/2, as in
+// GPT-NeoX) on q and k in place, then k and v into the cache at slot_mapping.
+// Buffers: qkv [tokens, (num_heads + 2 num_kv_heads) * head_dim], k_cache, v_cache.
+struct RotaryStoreSpec {
+  int32_t num_heads = 0;
+  KVLayout kv;
+  int32_t kv_group = 0;
+  int32_t rotary_dim = 0;            // 0: no rotary
+  const float* cos = nullptr;        // [num_positions, rotary_dim / 2]
+  const float* sin = nullptr;
+  int64_t num_positions = 0;
+  const float* q_norm = nullptr;     // [head_dim] or null
+  const float* k_norm = nullptr;
+  float qk_norm_eps = 1e-6f;
+};
+pll_op make_rotary_store(const RotaryStoreSpec& spec);
+
+// Causal attention of every token to its sequence's cached keys, online softmax (Milakov &
+// Gimelshein 2018; Dao 2023), tiles at absolute positions so that a row's bits depend on
+// neither chunking nor neighbours.  Buffers: qkv (q in its first num_heads * head_dim
+// columns), out [tokens, num_heads * head_dim], k_cache, v_cache.
+struct AttentionSpec {
+  int32_t num_heads = 0;
+  KVLayout kv;
+  int32_t kv_group = 0;
+  float scale = 1;
+  int32_t window = 0;                // > 0: a token sees itself and the window-1 tokens before
+  float softcap = 0;                 // > 0: scores = softcap * tanh(scores / softcap)
+  const float* alibi_slopes = nullptr;  // [num_heads]: adds slope * (key position - query position)
+};
+pll_op make_attention(const AttentionSpec& spec);
+
+// Samples every logit row as batch.sampler says.  Buffers: logits [logit rows, vocab].
+pll_op make_sample(int64_t vocab_size);
+
+// Copies blocks src -> dst of a group, all layers' tensors given as buffers, each
+// [num_blocks, block_bytes] whatever its dtype.
+pll_op make_copy_blocks(int32_t kv_group);
+
+}  // namespace pyllmlite
+
+#endif

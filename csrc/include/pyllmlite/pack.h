@@ -1,0 +1,41 @@
+// Offline packing of weight matrices into the order that the linear kernels read.
+//
+// Rows stand in panels of 16 (n padded up with zeros), k runs inside a panel:
+//   F32   [n/16][k][16] float
+//   BF16  [n/16][k/2][16][2] (k padded to even)
+//   INT8  [n/16][k/4][16][4] (k padded to 4 with zero codes)
+//   INT4  [n/16][k/8][16][4 bytes]: byte j of lane r holds code k=8i+j in its low nibble and
+//         k=8i+4+j in its high one (k padded to 8; a group always starts on a multiple of 8)
+// scales and mins: f16 [n/16][groups][16].  One layout for every instruction set, so that a
+// packed file moves between machines.
+#ifndef PYLLMLITE_PACK_H
+#define PYLLMLITE_PACK_H
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pyllmlite/ops.h"
+
+namespace pyllmlite {
+
+// Bytes of data, and elements of scales (and of mins), for a matrix.
+struct PackedSize {
+  size_t data_bytes;
+  size_t num_scales;
+};
+PackedSize packed_size(WeightFormat format, int64_t n, int64_t k, int64_t group_size);
+
+// values: row-major [n, k]: float (F32, BF16: rounded to nearest even), int8_t (INT8) or
+// uint8_t 0..15 (INT4).  scales, mins: f16 bits row-major [n, groups], mins may be null.
+// gated: rows 0..n/2-1 are gate, the rest up; they are interleaved in blocks of 16.
+// threads of the pool are not used: callers pack matrices side by side.
+void pack_linear(WeightFormat format, int64_t n, int64_t k, int64_t group_size, bool gated,
+                 const void* values, const uint16_t* scales, const uint16_t* mins, void* data_out,
+                 uint16_t* scales_out, uint16_t* mins_out);
+
+// Row `row` (before gating) back as floats [k]: the embedding's gather, and the reference.
+void unpack_row(const PackedLinear& weight, int64_t row, float* out);
+
+}  // namespace pyllmlite
+
+#endif

@@ -1,0 +1,1 @@
+"""pyllmlite makes language models light and serves them fast; every strategy is a plugin."""

@@ -1,0 +1,120 @@
+"""How a request's tokens are chosen and when it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyllmlite.core.errors import RequestError
+
+
+@dataclass
+class SamplingParams:
+    """Words and defaults are vLLM's wherever it has them.
+
+    Attributes:
+        n: Completions per prompt; they share the prompt's KV blocks.
+        temperature: 0 is greedy (the lowest id among equal logits).
+        top_p: Nucleus sampling (Holtzman et al. 2020), in (0, 1].
+        top_k: Keep the k best; 0 or -1 keeps all.
+        min_p: Keep tokens of at least ``min_p`` times the best one's probability.
+        repetition_penalty: Keskar et al. 2019; over prompt and output; 1 is off.
+        presence_penalty, frequency_penalty: As in the OpenAI API, over the output; 0 is off.
+        logit_bias: Token id to a bias in [-100, 100], added to the logit.
+        seed: With a seed, a request's tokens depend on nothing but itself.
+        stop: Strings that end the output; cut off unless ``include_stop_str_in_output``.
+        stop_token_ids: Tokens that end it, besides the model's own end tokens.
+        ignore_eos: Go on past the model's end tokens.
+        max_tokens: Tokens to generate at most; None: up to the model's length.
+        min_tokens: No end token before this many.
+        logprobs: Log-probabilities of the chosen token and the n best, of the raw
+            distribution; None: none.
+        prompt_logprobs: The same for the prompt's tokens.
+        detokenize: Turn tokens into text; without, ``text`` is empty and no stop
+            strings can be given.
+        decoder: Name of the decoder; None: the engine's.
+        extra_args: For decoders and plugins; unknown names are refused by none.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    decoder: str | None = None
+    extra_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stop is None:
+            self.stop = []
+        elif isinstance(self.stop, str):
+            self.stop = [self.stop]
+        if self.top_k == -1:
+            self.top_k = 0
+        self._check()
+
+    def _check(self) -> None:
+        def number(name: str, low: float, high: float, low_open: bool = False) -> None:
+            value = getattr(self, name)
+            ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+            ok = ok and math.isfinite(value)
+            ok = ok and (value > low if low_open else value >= low) and value <= high
+            if not ok:
+                bracket = "(" if low_open else "["
+                raise RequestError(f"{name} must be in {bracket}{low}, {high}], got {value!r}")
+
+        def integer(name: str, low: int, optional: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and optional:
+                return
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise RequestError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+        integer("n", 1)
+        number("temperature", 0.0, 1e6)
+        number("top_p", 0.0, 1.0, low_open=True)
+        integer("top_k", 0)
+        number("min_p", 0.0, 1.0)
+        number("repetition_penalty", 0.0, 1e6, low_open=True)
+        number("presence_penalty", -2.0, 2.0)
+        number("frequency_penalty", -2.0, 2.0)
+        integer("max_tokens", 1, optional=True)
+        integer("min_tokens", 0)
+        integer("logprobs", 0, optional=True)
+        integer("prompt_logprobs", 0, optional=True)
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            raise RequestError(f"seed must be an integer, got {self.seed!r}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.max_tokens})"
+            )
+        if not isinstance(self.stop, list) or not all(
+            isinstance(s, str) and s for s in self.stop
+        ):
+            raise RequestError("stop must be a non-empty string or a list of them")
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True; use stop_token_ids without it")
+        if self.temperature == 0 and self.n > 1:
+            raise RequestError("n > 1 with temperature 0 gives n equal outputs; use temperature > 0")
+        for token, bias in (self.logit_bias or {}).items():
+            if not isinstance(token, int) or not -100 <= bias <= 100:
+                raise RequestError(
+                    f"logit_bias maps token ids to [-100, 100], got {token!r}: {bias!r}"
+                )

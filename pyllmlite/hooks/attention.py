@@ -1,0 +1,96 @@
+"""Attention: how queries read keys and values."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pyllmlite.hooks.strategy import Strategy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pyllmlite.hooks.cache import KVView
+
+
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What the model and the cache ask of an attention.  ``kv_layout`` and ``kv_dtype`` are the
+    cache's words (open vocabularies): a layout you do not know is a layout you do not read."""
+
+    device: str  # "cpu" | "cuda"
+    dtype: str  # "f32" | "bf16": the model's
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    kv_layout: str
+    kv_dtype: str
+    block_size: int
+    window: bool = False
+    alibi: bool = False
+    softcap: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's attention.
+
+    Attributes:
+        index: Layer number.
+        scale: Multiplies q.k.
+        window: Tokens seen, itself included; None: all before.
+        softcap: > 0: scores become ``softcap * tanh(scores / softcap)``.
+        alibi_slopes: float32 ``[num_heads]`` or None: adds ``slope * (key - query position)``
+            (Press et al. 2022).
+    """
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float
+    alibi_slopes: np.ndarray | None
+
+
+class OpSink(Protocol):
+    """What a strategy adds ops to: a Program being built."""
+
+    def op(self, op: Any, buffers: list[Any], name: str, cost: Any = None) -> None:
+        """``op``: a native ``Op`` or capsule, or a Python callable ``f(batch, *arrays)``;
+        ``buffers``: as handed over, or made by :meth:`buffer`."""
+
+    def buffer(self, name: str, width: int, dtype: str = "f32", rows: str | int = "tokens") -> Any:
+        """Memory for ``rows`` (``"tokens"``, ``"logits"`` or a count) rows of ``width``."""
+
+    def tensor(self, name: str, array: np.ndarray, dtype: str | None = None) -> Any:
+        """An array of yours as a buffer; the Program keeps it alive."""
+
+
+class Attention(Strategy):
+    """Adds one layer's attention to the Program.
+
+    Called at load, once a layer.  At run time only the ops that it added run.
+    """
+
+    contract = "attention"
+
+    @abstractmethod
+    def add_ops(
+        self, sink: OpSink, layer: AttentionLayer, qkv: Any, out: Any, kv: KVView
+    ) -> None:
+        """Add the ops that compute ``out`` from ``qkv`` and the cache.
+
+        Args:
+            sink: Takes ops; owns every buffer.
+            qkv: f32 ``[tokens, (num_heads + 2 num_kv_heads) * head_dim]``: rotated queries
+                first; keys and values are already in the cache when your op runs.
+            out: f32 ``[tokens, num_heads * head_dim]``, written whole.
+            kv: The cache's tensors of this layer, their layout, dtype and group.
+
+        The op sees ``block_table``, ``slot_mapping``, ``seq_lens``, ``query_start_loc`` and
+        ``positions`` in the step's batch.
+        """
+        raise NotImplementedError

@@ -1,0 +1,168 @@
+"""Decoder, Proposer, Constraint: the three parts of decoding, chosen per request."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pyllmlite.hooks.strategy import Strategy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pyllmlite.core.request import Sequence
+
+
+@dataclass(frozen=True)
+class DecoderContext:
+    """What the engine hands to a decoder, so that plugins import nothing upward."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Any = None
+
+
+class StepPlan(Protocol):
+    """Per-step wishes for one sequence; rows are its logit rows, 0 the first of this step."""
+
+    def bias(self, ids: Seq[int], values: Seq[float]) -> None:
+        """Added to the logits of all its rows in this step; ``-inf`` forbids a token."""
+
+    def mask(self, row: int, bits: np.ndarray) -> None:
+        """uint32 ``[ceil(vocab / 32)]``: bit set, token allowed."""
+
+    def want_logits(self, row: int) -> None:
+        """See the row's raw logits after the run: one copy of ``vocab_size`` floats."""
+
+
+class StepResult(Protocol):
+    """What came out for one sequence: ``tokens[i]`` was chosen natively after its i-th row."""
+
+    tokens: Seq[int]
+    num_rows: int
+
+    def top(self, row: int) -> list[tuple[int, float]]:
+        """``(id, logprob)``, best first; as many as the sequence's sampling asked for."""
+
+    def logits(self, row: int) -> np.ndarray:
+        """Raw float32 logits, if wanted; valid during the call."""
+
+
+class Actions(Protocol):
+    """What a decoder may do with a sequence after a step."""
+
+    def append(self, seq: Sequence, token_ids: Seq[int]) -> None:
+        """Add tokens to its output.  The engine applies stop rules and max_tokens in order and
+        drops what stands behind an end."""
+
+    def fork(self, seq: Sequence) -> Sequence:
+        """A second sequence of the same request with the same tokens and cache."""
+
+    def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End it (``stop``, ``length``), or drop it from the request (``dropped``)."""
+
+
+class Decoder(Strategy):
+    """The selector: turns what was sampled into what the sequence becomes.
+
+    Attributes:
+        needs_sync: Results of step N must be seen before step N+1 is planned.
+        plans_steps: :meth:`plan` is called every step (costs Python a row).
+    """
+
+    contract = "decoder"
+    role = "selector"
+    needs_sync: bool = False
+    plans_steps: bool = False
+
+    def __init__(self, context: DecoderContext) -> None:
+        self.context = context
+
+    def open(self, seq: Sequence) -> None:
+        """A sequence starts; ``seq.state`` is yours.  ``RequestError`` refuses the request."""
+
+    def sampling(self, seq: Sequence) -> dict[str, Any]:
+        """Changes to the native sampling parameters of its row (names as in
+        ``Batch.set_sampling``), over those that follow from its ``SamplingParams``."""
+        return {}
+
+    def plan(self, seq: Sequence, plan: StepPlan) -> None:
+        """Before a step in which a token of ``seq`` is chosen."""
+
+    @abstractmethod
+    def advance(self, seq: Sequence, result: StepResult, actions: Actions) -> None:
+        """After it.  Plain decoding is ``actions.append(seq, result.tokens)``: with drafts the
+        engine has already cut ``tokens`` behind the last accepted one."""
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Copy ``parent.state`` to the child."""
+
+    def close(self, seq: Sequence) -> None:
+        """The sequence is gone."""
+
+
+class Proposer(Strategy):
+    """Proposes tokens that the next step verifies together with the known ones.
+
+    Verification leaves the output as it would have been: the sampler draws for every draft
+    position with the random number it would use there anyway, and drafts are accepted while
+    they equal what was drawn (for a proposal without probabilities this is the rejection
+    sampling of Leviathan et al. 2023, with tokens equal to plain decoding's).
+    """
+
+    contract = "decoder"
+    role = "proposer"
+
+    def __init__(self, context: DecoderContext) -> None:
+        self.context = context
+
+    def open(self, seq: Sequence) -> None:
+        """A sequence starts."""
+
+    @abstractmethod
+    def propose(self, seq: Sequence, max_tokens: int) -> Seq[int]:
+        """At most ``max_tokens`` tokens that may follow ``seq.token_ids``; empty: none."""
+
+    def verified(self, seq: Sequence, num_proposed: int, num_accepted: int) -> None:
+        """How the last proposal fared."""
+
+    def close(self, seq: Sequence) -> None:
+        """The sequence is gone."""
+
+
+class Constraint(Strategy):
+    """Says which tokens may come next (a grammar, a schema)."""
+
+    contract = "decoder"
+    role = "constraint"
+
+    def __init__(self, context: DecoderContext) -> None:
+        self.context = context
+
+    @classmethod
+    def applies(cls, params: Any) -> bool:
+        """Does a request with these ``SamplingParams`` ask for this constraint?"""
+        return False
+
+    @abstractmethod
+    def open(self, seq: Sequence) -> Any:
+        """A state for the sequence; ``RequestError`` if the grammar does not compile."""
+
+    @abstractmethod
+    def mask(self, state: Any) -> np.ndarray | None:
+        """uint32 bitmask of the tokens allowed next; None: all."""
+
+    @abstractmethod
+    def accept(self, state: Any, token_id: int) -> None:
+        """A token was appended."""
+
+    @abstractmethod
+    def rollback(self, state: Any, num_tokens: int) -> None:
+        """Undo the last ``num_tokens`` accepts."""
+
+    @abstractmethod
+    def fork(self, state: Any) -> Any:
+        """An independent copy."""

@@ -1,0 +1,51 @@
+"""Quantizer: how a weight becomes a packed format, offline."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pyllmlite.hooks.strategy import Strategy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pyllmlite.core.weights import LinearShape, LinearWeight
+
+
+@dataclass(frozen=True)
+class QuantizerNeeds:
+    """What is asked: ``bits`` and ``group_size`` None: the method's default.  ``shapes`` are all
+    matrices it will be given."""
+
+    device: str
+    dtype: str
+    shapes: tuple[LinearShape, ...]
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Quantizer(Strategy):
+    """Turns float matrices into :class:`LinearWeight`.  Methods are many, formats are few."""
+
+    contract = "quantizer"
+    needs_calibration: bool = False
+
+    def __init__(self, needs: QuantizerNeeds) -> None:
+        self.needs = needs
+
+    @abstractmethod
+    def quantize(
+        self, shape: LinearShape, weight: np.ndarray, calibration: Any = None
+    ) -> LinearWeight:
+        """One fused matrix.
+
+        Args:
+            weight: float32 ``[out_features, in_features]``, not kept and not written.
+            calibration: With ``needs_calibration``: the matrix's calibration statistics.
+        Raises:
+            ModelError: NaN or infinite weights, named.
+        """
