@@ -29,10 +29,17 @@ class QuantizerNeeds:
 
 
 class Quantizer(Strategy):
-    """Turns float matrices into :class:`LinearWeight`.  Methods are many, formats are few."""
+    """Turns float matrices into :class:`LinearWeight`.  Methods are many, formats are few.
+
+    Attributes:
+        needs_calibration: :meth:`quantize` needs statistics of the matrix's inputs.
+        rowwise: Each output row is quantized by itself, without input scale or permutation:
+            the loader may then hand over some rows at a time and never holds a big matrix twice.
+    """
 
     contract = "quantizer"
     needs_calibration: bool = False
+    rowwise: bool = False
 
     def __init__(self, needs: QuantizerNeeds) -> None:
         self.needs = needs
@@ -44,7 +51,8 @@ class Quantizer(Strategy):
         """One fused matrix.
 
         Args:
-            weight: float32 ``[out_features, in_features]``, not kept and not written.
+            weight: float32 ``[out_features, in_features]`` (with ``rowwise`` any number of
+                its rows), not kept and not written.
             calibration: With ``needs_calibration``: the matrix's calibration statistics.
         Raises:
             ModelError: NaN or infinite weights, named.
