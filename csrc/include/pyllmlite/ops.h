@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "pyllmlite/export.h"
 #include "pyllmlite/op.h"
 
 namespace pyllmlite {
@@ -56,7 +57,7 @@ struct LinearSpec {
   float softcap = 0;                        // > 0: out = softcap * tanh(out / softcap)
   float output_scale = 1;                   // multiplies before bias and softcap
 };
-pll_op make_linear(const LinearSpec& spec);
+PLL_API pll_op make_linear(const LinearSpec& spec);
 
 // out[t] = norm(x[t]); with `residual`: out[t] += norm(x[t]).  Buffers: x, out (may be one).
 struct NormOpSpec {
@@ -64,7 +65,7 @@ struct NormOpSpec {
   int64_t width = 0;
   bool residual = false;
 };
-pll_op make_norm(const NormOpSpec& spec);
+PLL_API pll_op make_norm(const NormOpSpec& spec);
 
 // out[t] = scale * table[token_ids[t]] (+ positions_table[positions[t] + position_offset]).
 // Buffers: out.  The table is a PackedLinear [vocab, hidden], so a tied head needs no copy.
@@ -75,7 +76,7 @@ struct EmbedSpec {
   int64_t num_positions = 0;
   int64_t position_offset = 0;
 };
-pll_op make_embed(const EmbedSpec& spec);
+PLL_API pll_op make_embed(const EmbedSpec& spec);
 
 // KV storage of the built-in caches.  K: [num_blocks, num_kv_heads, head_dim, block_size]
 // (keys transposed: 16 keys to a vector); V: [num_blocks, num_kv_heads, block_size, head_dim].
@@ -103,7 +104,7 @@ struct RotaryStoreSpec {
   const float* k_norm = nullptr;
   float qk_norm_eps = 1e-6f;
 };
-pll_op make_rotary_store(const RotaryStoreSpec& spec);
+PLL_API pll_op make_rotary_store(const RotaryStoreSpec& spec);
 
 // Causal attention of every token to its sequence's cached keys, online softmax (Milakov &
 // Gimelshein 2018; Dao 2023), tiles at absolute positions so that a row's bits depend on
@@ -118,14 +119,14 @@ struct AttentionSpec {
   float softcap = 0;                 // > 0: scores = softcap * tanh(scores / softcap)
   const float* alibi_slopes = nullptr;  // [num_heads]: adds slope * (key position - query position)
 };
-pll_op make_attention(const AttentionSpec& spec);
+PLL_API pll_op make_attention(const AttentionSpec& spec);
 
 // Samples every logit row as batch.sampler says.  Buffers: logits [logit rows, vocab].
-pll_op make_sample(int64_t vocab_size);
+PLL_API pll_op make_sample(int64_t vocab_size);
 
 // Copies blocks src -> dst of a group, all layers' tensors given as buffers, each
 // [num_blocks, block_bytes] whatever its dtype.
-pll_op make_copy_blocks(int32_t kv_group);
+PLL_API pll_op make_copy_blocks(int32_t kv_group);
 
 }  // namespace pyllmlite
 

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "pyllmlite/export.h"
 #include "pyllmlite/ops.h"
 
 namespace pyllmlite {
@@ -23,18 +24,18 @@ struct PackedSize {
   size_t data_bytes;
   size_t num_scales;
 };
-PackedSize packed_size(WeightFormat format, int64_t n, int64_t k, int64_t group_size);
+PLL_API PackedSize packed_size(WeightFormat format, int64_t n, int64_t k, int64_t group_size);
 
 // values: row-major [n, k]: float (F32, BF16: rounded to nearest even), int8_t (INT8) or
 // uint8_t 0..15 (INT4).  scales, mins: f16 bits row-major [n, groups], mins may be null.
 // gated: rows 0..n/2-1 are gate, the rest up; they are interleaved in blocks of 16.
 // threads of the pool are not used: callers pack matrices side by side.
-void pack_linear(WeightFormat format, int64_t n, int64_t k, int64_t group_size, bool gated,
-                 const void* values, const uint16_t* scales, const uint16_t* mins, void* data_out,
-                 uint16_t* scales_out, uint16_t* mins_out);
+PLL_API void pack_linear(WeightFormat format, int64_t n, int64_t k, int64_t group_size, bool gated,
+                         const void* values, const uint16_t* scales, const uint16_t* mins,
+                         void* data_out, uint16_t* scales_out, uint16_t* mins_out);
 
 // Row `row` (before gating) back as floats [k]: the embedding's gather, and the reference.
-void unpack_row(const PackedLinear& weight, int64_t row, float* out);
+PLL_API void unpack_row(const PackedLinear& weight, int64_t row, float* out);
 
 }  // namespace pyllmlite
 

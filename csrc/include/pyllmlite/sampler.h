@@ -56,8 +56,9 @@ typedef struct pll_sampler_inputs {
   float* top_logprobs;                 /* [num_logit_rows, max_logprobs] */
   int32_t* status;                     /* [num_logit_rows] 0; 1: logits not finite, token is 0;
                                           2: the mask allows no token */
-  const float** logits;                /* [num_logit_rows] or NULL: set to the row's logits for
-                                          rows that a decoder asked to see */
+  float* const* logits;                /* [num_logit_rows] or NULL: an entry that is not NULL
+                                          ([vocab_size]) gets a copy of the row's raw logits,
+                                          taken before anything is applied to them */
 } pll_sampler_inputs;
 
 #ifdef __cplusplus
