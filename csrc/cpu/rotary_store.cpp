@@ -1,0 +1,146 @@
+// Per-head q/k norm, rotary position embedding (Su et al. 2021; half-split pairs as in
+// GPT-NeoX), and the write of k and v into the paged cache.
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "factories.h"
+
+namespace pyllmlite::PLL_NS {
+namespace {
+
+struct StoreState {
+  RotaryStoreSpec spec;
+};
+
+inline uint16_t bf16_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void norm_head(float* x, int32_t n, const float* weight, float eps) {
+  float sum = 0;
+  for (int32_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  const float factor = 1.0f / sqrtf(sum / n + eps);
+  for (int32_t i = 0; i < n; ++i) x[i] = x[i] * factor * weight[i];
+}
+
+void rotate_head(float* x, int32_t half, const float* cos, const float* sin) {
+  for (int32_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+template <typename T>
+inline T stored(float value);
+template <>
+inline float stored<float>(float value) {
+  return value;
+}
+template <>
+inline uint16_t stored<uint16_t>(float value) {
+  return bf16_of(value);
+}
+
+template <typename T>
+void store_head(const KVLayout& kv, const float* k, const float* v, int64_t slot, int32_t head,
+                T* k_cache, T* v_cache) {
+  const int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
+  const int64_t base = (block * kv.num_kv_heads + head) * kv.head_dim * kv.block_size;
+  T* keys = k_cache + base + offset;
+  T* values = v_cache + base + offset * kv.head_dim;
+  for (int32_t i = 0; i < kv.head_dim; ++i) keys[int64_t(i) * kv.block_size] = stored<T>(k[i]);
+  for (int32_t i = 0; i < kv.head_dim; ++i) values[i] = stored<T>(v[i]);
+}
+
+int plan_store(void* state, const pll_batch* batch, char* error, size_t error_size) {
+  const RotaryStoreSpec& spec = static_cast<StoreState*>(state)->spec;
+  if (spec.kv_group >= batch->num_kv_groups) {
+    snprintf(error, error_size, "rotary_store: KV group %d, but the batch has %d", spec.kv_group,
+             batch->num_kv_groups);
+    return 1;
+  }
+  if (spec.rotary_dim == 0) return 0;
+  for (int32_t i = 0; i < batch->num_seqs; ++i) {
+    if (batch->seq_lens[i] > spec.num_positions) {
+      snprintf(error, error_size, "rotary_store: position %d, but the tables hold %lld",
+               batch->seq_lens[i] - 1, static_cast<long long>(spec.num_positions));
+      return 1;
+    }
+  }
+  return 0;
+}
+
+void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
+               const pll_context* ctx) {
+  const RotaryStoreSpec& spec = static_cast<StoreState*>(state)->spec;
+  const KVLayout& kv = spec.kv;
+  const pll_tensor& qkv = buffers[0];
+  const int32_t* slots = batch->kv_groups[spec.kv_group].slot_mapping;
+  const int32_t half = spec.rotary_dim / 2;
+  const int32_t heads = spec.num_heads + kv.num_kv_heads;
+  // Units of 16 tokens by one head: neighbours share the cache lines of transposed keys.
+  const int64_t chunks = (batch->num_tokens + 15) / 16;
+  const int64_t units = chunks * heads;
+  for (int64_t u = units * ctx->thread / ctx->num_threads,
+               end = units * (ctx->thread + 1) / ctx->num_threads;
+       u < end; ++u) {
+    const int32_t head = static_cast<int32_t>(u / chunks);
+    const int32_t first = static_cast<int32_t>(u % chunks) * 16;
+    const int32_t last = first + 16 < batch->num_tokens ? first + 16 : batch->num_tokens;
+    for (int32_t t = first; t < last; ++t) {
+      float* row = static_cast<float*>(qkv.data) + t * qkv.stride[0];
+      float* x = row + int64_t(head) * kv.head_dim;
+      const bool is_key = head >= spec.num_heads;
+      const int64_t position = batch->positions[t];
+      const float* weight = is_key ? spec.k_norm : spec.q_norm;
+      if (weight) norm_head(x, kv.head_dim, weight, spec.qk_norm_eps);
+      if (half > 0) {
+        if (position < 0 || position >= spec.num_positions) {
+          ctx->fail(ctx, "rotary_store: a position lies outside of the cos/sin tables");
+          return;
+        }
+        rotate_head(x, half, spec.cos + position * half, spec.sin + position * half);
+      }
+      if (!is_key) continue;
+      const int64_t slot = slots[t];
+      if (slot < 0) continue;
+      if (slot >= int64_t(kv.num_blocks) * kv.block_size) {
+        ctx->fail(ctx, "rotary_store: a slot lies outside of the cache");
+        return;
+      }
+      const float* v = x + int64_t(kv.num_kv_heads) * kv.head_dim;
+      const int32_t kv_head = head - spec.num_heads;
+      if (kv.dtype == PLL_BF16) {
+        store_head(kv, x, v, slot, kv_head, static_cast<uint16_t*>(buffers[1].data),
+                   static_cast<uint16_t*>(buffers[2].data));
+      } else {
+        store_head(kv, x, v, slot, kv_head, static_cast<float*>(buffers[1].data),
+                   static_cast<float*>(buffers[2].data));
+      }
+    }
+  }
+}
+
+void destroy_store(void* state) { delete static_cast<StoreState*>(state); }
+
+}  // namespace
+
+pll_op make_rotary_store(const RotaryStoreSpec& spec) {
+  pll_op op{};
+  op.abi_version = PLL_ABI_VERSION;
+  op.struct_size = sizeof(pll_op);
+  op.name = "rotary_store";
+  op.state = new StoreState{spec};
+  op.plan = plan_store;
+  op.run = run_store;
+  op.destroy = destroy_store;
+  return op;
+}
+
+}  // namespace pyllmlite::PLL_NS

@@ -1,0 +1,414 @@
+// The sampler: logits to tokens and log-probabilities, row by row (see sampler.h for the
+// order of its steps).
+//
+// The vocabulary is never sorted.  Every pass works on chunks of 64 logits and keeps their
+// maxima, so that later passes skip chunks below a threshold: the k-th best chunk maximum
+// bounds the k-th best logit from below, and few logits are left to select from.
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "factories.h"
+#include "pyllmlite/sampler.h"
+#include "select.h"
+
+namespace pyllmlite::PLL_NS {
+namespace {
+
+constexpr int64_t kChunk = 64;
+constexpr float kGreedyBelow = 1e-5f;
+
+struct SampleState {
+  int64_t vocab;
+};
+
+// One thread's scratch, cut up.  `counts` and `keys` are never in use at the same time.
+struct Scratch {
+  float* work;       // [vocab] logits after masks, biases and penalties
+  uint64_t* keys;    // [vocab] candidates of a selection
+  int32_t* counts;   // [vocab] occurrences of a token
+  float* raw_max;    // [chunks] chunk maxima of the raw logits
+  float* work_max;   // [chunks] and of `work`
+  double* mass;      // [chunks]
+};
+
+inline size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+inline int64_t num_chunks(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
+
+size_t cut_scratch(int64_t vocab, void* base, Scratch* scratch) {
+  const size_t logits = round_up(vocab * sizeof(float));
+  const size_t keys = round_up(vocab * sizeof(uint64_t));
+  const size_t maxima = round_up(num_chunks(vocab) * sizeof(float));
+  const size_t mass = round_up(num_chunks(vocab) * sizeof(double));
+  if (scratch) {
+    char* at = static_cast<char*>(base);
+    scratch->work = reinterpret_cast<float*>(at);
+    scratch->keys = reinterpret_cast<uint64_t*>(at + logits);
+    scratch->counts = reinterpret_cast<int32_t*>(at + logits);
+    scratch->raw_max = reinterpret_cast<float*>(at + logits + keys);
+    scratch->work_max = reinterpret_cast<float*>(at + logits + keys + maxima);
+    scratch->mass = reinterpret_cast<double*>(at + logits + keys + 2 * maxima);
+  }
+  return logits + keys + 2 * maxima + mass;
+}
+
+// Logits of one row, their chunks' maxima and their maximum.
+struct Logits {
+  const float* values;
+  int64_t count;
+  const float* chunk_max;
+  float max;
+};
+
+// Fills chunk_max; false if a logit is NaN or +inf.
+bool scan(const float* x, int64_t n, float* chunk_max, Logits* out) {
+  float max = -INFINITY;
+  bool good = true;
+  for (int64_t c = 0, begin = 0; begin < n; ++c, begin += kChunk) {
+    const int64_t end = begin + kChunk < n ? begin + kChunk : n;
+    float best = -INFINITY;
+    for (int64_t i = begin; i < end; ++i) {
+      good &= x[i] < INFINITY;
+      best = x[i] > best ? x[i] : best;
+    }
+    chunk_max[c] = best;
+    max = best > max ? best : max;
+  }
+  *out = Logits{x, n, chunk_max, max};
+  return good;
+}
+
+// The lowest id among the maxima.
+int32_t argmax(const Logits& logits) {
+  for (int64_t c = 0;; ++c) {
+    if (logits.chunk_max[c] != logits.max) continue;
+    for (int64_t i = c * kChunk;; ++i) {
+      if (logits.values[i] == logits.max) return static_cast<int32_t>(i);
+    }
+  }
+}
+
+// exp((x - max) / temperature) of a chunk; lanes past the vocabulary are 0.
+void chunk_weights(const Logits& logits, int64_t chunk, float inverse, float* weights) {
+  const int64_t begin = chunk * kChunk;
+  const int64_t n = logits.count - begin < kChunk ? logits.count - begin : kChunk;
+  for (int64_t i = 0; i < n; ++i) {
+    weights[i] = expf((logits.values[begin + i] - logits.max) * inverse);
+  }
+  for (int64_t i = n; i < kChunk; ++i) weights[i] = 0;
+}
+
+// Candidates: logits of at least `floor`, as keys whose order is falling logit, rising id.
+int64_t collect(const Logits& logits, float floor, uint64_t* keys) {
+  int64_t count = 0;
+  for (int64_t c = 0, begin = 0; begin < logits.count; ++c, begin += kChunk) {
+    if (logits.chunk_max[c] < floor) continue;
+    const int64_t end = begin + kChunk < logits.count ? begin + kChunk : logits.count;
+    for (int64_t i = begin; i < end; ++i) {
+      if (logits.values[i] >= floor) keys[count++] = falling_key(logits.values[i], i);
+    }
+  }
+  return count;
+}
+
+// The k best as the first k keys, in no order.
+void best_keys(const Logits& logits, int64_t k, uint64_t* keys) {
+  const int64_t chunks = num_chunks(logits.count);
+  float floor = -INFINITY;
+  if (k <= chunks) {
+    for (int64_t c = 0; c < chunks; ++c) keys[c] = falling_key(logits.chunk_max[c], c);
+    select_smallest(keys, chunks, k);
+    uint64_t last = 0;
+    for (int64_t i = 0; i < k; ++i) last = keys[i] > last ? keys[i] : last;
+    floor = key_value(last);
+  }
+  select_smallest(keys, collect(logits, floor, keys), k);
+}
+
+float kth_best(const Logits& logits, int64_t k, uint64_t* keys) {
+  best_keys(logits, k, keys);
+  uint64_t last = 0;
+  for (int64_t i = 0; i < k; ++i) last = keys[i] > last ? keys[i] : last;
+  return key_value(last);
+}
+
+// What is left to draw from: logits of at least `floor` whose weight's key is at most `last`.
+struct Support {
+  float floor;
+  uint64_t last;
+};
+
+double support_mass(const Logits& logits, float floor, float inverse) {
+  double total = 0;
+  float weights[kChunk];
+  for (int64_t c = 0; c < num_chunks(logits.count); ++c) {
+    if (logits.chunk_max[c] < floor) continue;
+    chunk_weights(logits, c, inverse, weights);
+    const int64_t begin = c * kChunk;
+    for (int64_t i = 0; i < kChunk && begin + i < logits.count; ++i) {
+      if (logits.values[begin + i] >= floor) total += weights[i];
+    }
+  }
+  return total;
+}
+
+// Top-p (Holtzman et al. 2020): the smallest set of best tokens whose mass reaches `top_p`
+// of the support's.  Looks at the tokens near the maximum first, since they mostly suffice.
+void keep_nucleus(const Logits& logits, float inverse, float top_p, uint64_t* keys,
+                  Support* support) {
+  const double wanted = support_mass(logits, support->floor, inverse) * double(top_p);
+  float weights[kChunk];
+  for (float reach = 4;; reach *= 4) {
+    float cutoff = logits.max - reach / inverse;
+    const bool all = !(cutoff > support->floor) || reach > 200;
+    if (all) cutoff = support->floor;
+    int64_t count = 0;
+    double mass = 0;
+    for (int64_t c = 0; c < num_chunks(logits.count); ++c) {
+      if (logits.chunk_max[c] < cutoff) continue;
+      chunk_weights(logits, c, inverse, weights);
+      const int64_t begin = c * kChunk;
+      for (int64_t i = 0; i < kChunk && begin + i < logits.count; ++i) {
+        if (!(logits.values[begin + i] >= cutoff)) continue;
+        keys[count++] = falling_key(weights[i], begin + i);
+        mass += weights[i];
+      }
+    }
+    if (mass < wanted && !all) continue;
+    support->floor = cutoff;
+    support->last = select_mass(keys, count, wanted);
+    return;
+  }
+}
+
+// Inverse CDF over the support in the order of token ids.  u in [0, 1).
+int32_t draw(const Logits& logits, float inverse, const Support& support, double u,
+             double* mass) {
+  const int64_t chunks = num_chunks(logits.count);
+  float weights[kChunk];
+  double total = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    mass[c] = 0;
+    if (logits.chunk_max[c] < support.floor) continue;
+    chunk_weights(logits, c, inverse, weights);
+    const int64_t begin = c * kChunk;
+    for (int64_t i = 0; i < kChunk && begin + i < logits.count; ++i) {
+      if (logits.values[begin + i] < support.floor) continue;
+      if (falling_key(weights[i], begin + i) <= support.last) mass[c] += weights[i];
+    }
+    total += mass[c];
+  }
+  const double point = u * total;
+  // The chunk that the point lies in, or the last one with mass if rounding carries it past.
+  int64_t chunk = 0;
+  double before = 0, sum = 0;
+  for (int64_t c = 0; c < chunks && sum <= point; ++c) {
+    if (mass[c] == 0) continue;
+    chunk = c;
+    before = sum;
+    sum += mass[c];
+  }
+  int32_t token = 0;
+  chunk_weights(logits, chunk, inverse, weights);
+  for (int64_t i = chunk * kChunk, w = 0; w < kChunk && i < logits.count; ++i, ++w) {
+    if (logits.values[i] < support.floor || weights[w] == 0) continue;
+    if (falling_key(weights[w], i) > support.last) continue;
+    token = static_cast<int32_t>(i);
+    before += weights[w];
+    if (before > point) break;
+  }
+  return token;
+}
+
+int32_t choose(const Logits& logits, const pll_sampling_params& params, int32_t position,
+               const Scratch& scratch) {
+  if (params.temperature < kGreedyBelow) return argmax(logits);
+  const float inverse = 1.0f / params.temperature;
+  Support support{-INFINITY, ~uint64_t(0)};
+  if (params.min_p > 0) support.floor = logits.max + params.temperature * logf(params.min_p);
+  if (params.top_k > 0 && params.top_k < logits.count) {
+    const float kth = kth_best(logits, params.top_k, scratch.keys);
+    support.floor = kth > support.floor ? kth : support.floor;
+  }
+  if (params.top_p < 1) {
+    keep_nucleus(logits, inverse, params.top_p, scratch.keys, &support);
+  }
+  return draw(logits, inverse, support, philox_uniform(params.seed, position), scratch.mass);
+}
+
+void apply_mask(const uint32_t* mask, int64_t n, float* work) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(mask[i >> 5] >> (i & 31) & 1)) work[i] = -INFINITY;
+  }
+}
+
+void add_biases(int32_t count, const int32_t* ids, const float* values, int64_t n, float* work) {
+  for (int32_t i = 0; i < count; ++i) {
+    if (ids[i] >= 0 && ids[i] < n) work[ids[i]] += values[i];
+  }
+}
+
+// Penalties of every token in tokens[0..count), the first prompt_len of which are the prompt.
+void penalize(const pll_sampling_params& params, const int32_t* tokens, int32_t count, int64_t n,
+              int32_t* counts, float* work) {
+  for (int32_t i = 0; i < count; ++i) {
+    if (tokens[i] >= 0 && tokens[i] < n) counts[tokens[i]] = 0;
+  }
+  for (int32_t i = params.prompt_len > 0 ? params.prompt_len : 0; i < count; ++i) {
+    if (tokens[i] >= 0 && tokens[i] < n) ++counts[tokens[i]];
+  }
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t token = tokens[i];
+    if (token < 0 || token >= n || counts[token] < 0) continue;
+    float x = work[token];
+    x = x > 0 ? x / params.repetition_penalty : x * params.repetition_penalty;
+    if (counts[token] > 0) {
+      x -= params.frequency_penalty * counts[token];
+      x -= params.presence_penalty;
+    }
+    work[token] = x;
+    counts[token] = -1;
+  }
+}
+
+struct RowRef {
+  const pll_sampler_inputs* in;
+  int32_t index;     // logit row
+  int32_t row;       // persistent row
+  int32_t position;  // of the new token
+};
+
+// Masks, biases, bans and penalties; returns whether there were any.
+bool process(const RowRef& ref, const float* raw, int64_t n, const Scratch& scratch) {
+  const pll_sampler_inputs& in = *ref.in;
+  const pll_sampling_params& params = in.params[ref.row];
+  const uint32_t* mask = in.masks ? in.masks[ref.index] : nullptr;
+  const pll_step_bias* bias = in.step_biases ? &in.step_biases[ref.row] : nullptr;
+  const bool banned = params.num_banned > 0 && ref.position < params.min_len;
+  const bool penalties = params.repetition_penalty != 1 || params.frequency_penalty != 0 ||
+                         params.presence_penalty != 0;
+  if (!mask && !(bias && bias->count > 0) && params.num_bias <= 0 && !banned && !penalties) {
+    return false;
+  }
+  memcpy(scratch.work, raw, n * sizeof(float));
+  if (mask) apply_mask(mask, n, scratch.work);
+  add_biases(params.num_bias, params.bias_ids, params.bias_values, n, scratch.work);
+  if (bias) add_biases(bias->count, bias->ids, bias->values, n, scratch.work);
+  for (int32_t i = 0; banned && i < params.num_banned; ++i) {
+    const int32_t id = params.banned_ids[i];
+    if (id >= 0 && id < n) scratch.work[id] = -INFINITY;
+  }
+  if (penalties) {
+    const int32_t known = ref.position < in.max_model_len ? ref.position : in.max_model_len;
+    penalize(params, in.token_table + int64_t(ref.row) * in.max_model_len, known, n,
+             scratch.counts, scratch.work);
+  }
+  return true;
+}
+
+// Log-probability and rank of the chosen token, and the best ones, of the raw distribution.
+void write_logprobs(const RowRef& ref, const Logits& raw, int32_t token, const Scratch& scratch) {
+  const pll_sampler_inputs& in = *ref.in;
+  const double lse = double(raw.max) + log(support_mass(raw, -INFINITY, 1.0f));
+  const float value = raw.values[token];
+  in.logprobs[ref.index] = static_cast<float>(double(value) - lse);
+  int32_t rank = 1;
+  for (int64_t c = 0, begin = 0; begin < raw.count; ++c, begin += kChunk) {
+    if (raw.chunk_max[c] < value) continue;
+    const int64_t end = begin + kChunk < raw.count ? begin + kChunk : raw.count;
+    for (int64_t i = begin; i < end; ++i) {
+      rank += raw.values[i] > value || (raw.values[i] == value && i < token);
+    }
+  }
+  in.ranks[ref.index] = rank;
+  int64_t n = in.params[ref.row].num_logprobs;
+  if (n > in.max_logprobs) n = in.max_logprobs;
+  if (n > raw.count) n = raw.count;
+  if (n <= 0) return;
+  best_keys(raw, n, scratch.keys);
+  sort_keys(scratch.keys, n);
+  int32_t* ids = in.top_ids + int64_t(ref.index) * in.max_logprobs;
+  float* logprobs = in.top_logprobs + int64_t(ref.index) * in.max_logprobs;
+  for (int64_t i = 0; i < n; ++i) {
+    ids[i] = static_cast<int32_t>(key_id(scratch.keys[i]));
+    logprobs[i] = static_cast<float>(double(raw.values[ids[i]]) - lse);
+  }
+}
+
+void sample_row(const RowRef& ref, const float* values, int64_t n, const Scratch& scratch) {
+  const pll_sampler_inputs& in = *ref.in;
+  const pll_sampling_params& params = in.params[ref.row];
+  const int32_t target = in.targets ? in.targets[ref.index] : -1;
+  in.tokens[ref.index] = target >= 0 ? target : 0;
+  in.logprobs[ref.index] = NAN;
+  in.ranks[ref.index] = 0;
+  in.status[ref.index] = 1;
+  if (in.logits && in.logits[ref.index]) {
+    memcpy(in.logits[ref.index], values, n * sizeof(float));
+  }
+  Logits raw;
+  if (!scan(values, n, scratch.raw_max, &raw)) return;
+  int32_t token = target;
+  if (target < 0) {
+    Logits logits = raw;
+    if (process(ref, values, n, scratch)) {
+      if (!scan(scratch.work, n, scratch.work_max, &logits)) return;
+    }
+    in.status[ref.index] = 2;
+    if (logits.max == -INFINITY) return;
+    token = choose(logits, params, ref.position, scratch);
+  }
+  in.status[ref.index] = 0;
+  in.tokens[ref.index] = token;
+  if ((params.num_logprobs >= 0 || target >= 0) && token < n) {
+    write_logprobs(ref, raw, token, scratch);
+  }
+}
+
+size_t sample_scratch(void* state, int32_t, int32_t) {
+  return cut_scratch(static_cast<SampleState*>(state)->vocab, nullptr, nullptr);
+}
+
+int plan_sample(void*, const pll_batch* batch, char* error, size_t error_size) {
+  if (batch->num_logit_rows > 0 && !batch->sampler) {
+    snprintf(error, error_size, "sample: the batch carries no sampler inputs");
+    return 1;
+  }
+  return 0;
+}
+
+void run_sample(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
+                const pll_context* ctx) {
+  const int64_t vocab = static_cast<SampleState*>(state)->vocab;
+  Scratch scratch;
+  cut_scratch(vocab, ctx->scratch, &scratch);
+  const pll_sampler_inputs* in = batch->sampler;
+  for (;;) {
+    const int64_t i = ctx->fetch_add(ctx, 0, 1);
+    if (i >= batch->num_logit_rows) return;
+    const RowRef ref{in, static_cast<int32_t>(i), in->logit_row_of[i],
+                     batch->positions[batch->logit_rows[i]] + 1};
+    sample_row(ref, static_cast<const float*>(buffers[0].data) + i * buffers[0].stride[0], vocab,
+               scratch);
+  }
+}
+
+void destroy_sample(void* state) { delete static_cast<SampleState*>(state); }
+
+}  // namespace
+
+pll_op make_sample(int64_t vocab_size) {
+  pll_op op{};
+  op.abi_version = PLL_ABI_VERSION;
+  op.struct_size = sizeof(pll_op);
+  op.name = "sample";
+  op.state = new SampleState{vocab_size};
+  op.scratch_bytes = sample_scratch;
+  op.plan = plan_sample;
+  op.run = run_sample;
+  op.destroy = destroy_sample;
+  return op;
+}
+
+}  // namespace pyllmlite::PLL_NS
