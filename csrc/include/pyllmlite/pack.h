@@ -19,23 +19,38 @@
 
 namespace pyllmlite {
 
-// Bytes of data, and elements of scales (and of mins), for a matrix.
+// Bytes of data, and elements of scales (and of mins), for a matrix.  Gated: each half is padded
+// to panels of its own.
 struct PackedSize {
   size_t data_bytes;
   size_t num_scales;
 };
-PLL_API PackedSize packed_size(WeightFormat format, int64_t n, int64_t k, int64_t group_size);
+PLL_API PackedSize packed_size(WeightFormat format, int64_t n, int64_t k, int64_t group_size,
+                               bool gated = false);
+
+// Null where the shape can be packed, else a line that says why not: a group size must be a
+// multiple of 8 (INT4) or 4 (INT8), or 0, or at least k; gated needs an even n.
+PLL_API const char* pack_error(WeightFormat format, int64_t n, int64_t k, int64_t group_size,
+                               bool gated);
 
 // values: row-major [n, k]: float (F32, BF16: rounded to nearest even), int8_t (INT8) or
 // uint8_t 0..15 (INT4).  scales, mins: f16 bits row-major [n, groups], mins may be null.
 // gated: rows 0..n/2-1 are gate, the rest up; they are interleaved in blocks of 16.
-// threads of the pool are not used: callers pack matrices side by side.
+// The shape must pass pack_error.  Threads of the pool are not used: callers pack matrices side
+// by side.
 PLL_API void pack_linear(WeightFormat format, int64_t n, int64_t k, int64_t group_size, bool gated,
                          const void* values, const uint16_t* scales, const uint16_t* mins,
                          void* data_out, uint16_t* scales_out, uint16_t* mins_out);
 
+// Only rows first .. first+count-1 (before gating): values, scales and mins hold those rows, n is
+// the whole matrix's.  The buffers of an unfinished matrix must start zeroed (padding is zeros).
+PLL_API void pack_rows(WeightFormat format, int64_t n, int64_t k, int64_t group_size, bool gated,
+                       int64_t first, int64_t count, const void* values, const uint16_t* scales,
+                       const uint16_t* mins, void* data_out, uint16_t* scales_out,
+                       uint16_t* mins_out);
+
 // Row `row` (before gating) back as floats [k]: the embedding's gather, and the reference.
-PLL_API void unpack_row(const PackedLinear& weight, int64_t row, float* out);
+PLL_API void unpack_row(const PackedLinear& weight, int64_t row, float* out, bool gated = false);
 
 }  // namespace pyllmlite
 
