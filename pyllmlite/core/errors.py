@@ -5,6 +5,10 @@ class PyllmliteError(Exception):
     """Base of all errors raised on purpose."""
 
 
+class ConfigError(PyllmliteError, ValueError):
+    """An option that is unknown or out of range."""
+
+
 class ModelError(PyllmliteError, ValueError):
     """A checkpoint, config or tokenizer that cannot be used."""
 
