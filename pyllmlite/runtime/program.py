@@ -7,7 +7,7 @@ that a third party's op enters by the door that the built-in ones use.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,6 +123,12 @@ class ProgramBuilder:
                 "'pyllmlite.op.v0', or a Python callable"
             )
         self.entries.append(OpEntry(name, kind, tuple(buffers), cost or OpCost()))
+
+    def default_cost(self, first: int, cost: OpCost) -> None:
+        """Give ``cost`` to the last op added since ``first``, if none of them brought its own."""
+        added = self.entries[first:]
+        if added and all(entry.cost == OpCost() for entry in added):
+            self.entries[-1] = replace(added[-1], cost=cost)
 
     def finish(self) -> Program:
         self.program.finish()

@@ -1,0 +1,310 @@
+"""One model, ready to run: sizes settled, a strategy chosen for every hook, a Program laid out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pyllmlite.core.config import EngineConfig
+from pyllmlite.core.errors import CapacityError, ConfigError, ModelError
+from pyllmlite.hooks.attention import AttentionNeeds
+from pyllmlite.hooks.cache import CacheNeeds, KVGroup
+from pyllmlite.hooks.decoder import DecoderContext
+from pyllmlite.hooks.quantizer import QuantizerNeeds
+from pyllmlite.hooks.registry import Registry, Selection
+from pyllmlite.model.builder import ModelBuilder
+from pyllmlite.model.source import ModelSource, open_model
+from pyllmlite.model.weights import plan_matrices
+from pyllmlite.runtime.native import native
+from pyllmlite.runtime.program import ITEM_BYTES, Program, ProgramBuilder
+
+if TYPE_CHECKING:
+    from pyllmlite import _native
+    from pyllmlite.core.spec import ModelSpec
+    from pyllmlite.hooks.cache import KVCache
+    from pyllmlite.hooks.decoder import Decoder, Proposer
+    from pyllmlite.hooks.scheduler import Scheduler
+
+log = logging.getLogger("pyllmlite")
+
+DEFAULT_BATCHED_TOKENS = 512
+DEFAULT_KV_BYTES = 4 << 30
+DRAFT_ROWS = 8  # logit rows a sequence may use when drafts are verified
+
+
+@dataclass
+class Built:
+    """What the engine runs, and what was chosen to get there."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    program: Program
+    batch: _native.Batch
+    cache: KVCache
+    scheduler: Scheduler
+    decoder: Decoder
+    proposer: Proposer | None
+    constraints: list[Any]
+    decoders: Callable[[str], Decoder]
+    tokenizer: Any
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_logit_rows: int
+    weight_bytes: int
+    dtype: str
+    threads: int
+    selections: dict[str, Selection] = field(default_factory=dict)
+    load_seconds: float = 0.0
+
+    def explain(self) -> str:
+        """What was selected for each hook, why, and why the others were not."""
+        lines = [
+            f"model       {self.spec.architecture}, {self.spec.num_layers} layers, {self.dtype}, "
+            f"weights {self.weight_bytes / 1e6:.0f} MB, {self.threads} threads, "
+            f"{native().info()['isa']}",
+            f"lengths     max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
+            f"max_num_batched_tokens {self.max_num_batched_tokens}, "
+            f"KV {self.cache.nbytes / 1e6:.0f} MB",
+        ]
+        for hook, chosen in self.selections.items():
+            origin = f"{chosen.distribution} {chosen.version}".strip()
+            lines.append(f"{hook:<11} {chosen.cls.name} ({origin}): {chosen.why}")
+            lines += [f"{'':<11}   not {name}: {reason}" for name, reason in chosen.rejected]
+        return "\n".join(lines)
+
+
+def build(
+    model: ModelSource | str | os.PathLike[str] | None,
+    config: EngineConfig,
+    registry: Registry | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Built:
+    """Load a model and choose a strategy for every hook.
+
+    Args:
+        model: A source, or what :func:`open_model` takes.
+        progress: Called with (matrices loaded, matrices in all).
+    Raises:
+        ModelError, PluginError, ConfigError, CapacityError: One line: the cause and what would
+            work.  Everything that can be refused is refused here, before the first token.
+    """
+    started = time.perf_counter()
+    registry = registry or Registry.load()
+    source = model if isinstance(model, ModelSource) else open_model(model)
+    spec = source.spec
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, source.stored_dtype)
+    if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model's "
+            f"{spec.max_position_embeddings} positions"
+        )
+    max_model_len = config.max_model_len or spec.max_position_embeddings
+    batched = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, config.max_num_seqs)
+    if batched < config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({batched}) must be at least max_num_seqs "
+            f"({config.max_num_seqs}), so that every sequence can take a step"
+        )
+    selections: dict[str, Selection] = {}
+
+    def select(contract: str, name: str, need: Any, label: str | None = None) -> Any:
+        chosen = registry.select(contract, name, need)
+        selections[label or contract] = chosen
+        return chosen.cls
+
+    # Names first: a typing mistake should not cost the loading of the weights.
+    scheduler = select("scheduler", config.scheduler, None)()
+    decoder_context = DecoderContext(
+        spec.vocab_size,
+        max_model_len,
+        spec.eos_token_ids,
+        None if config.skip_tokenizer_init else _tokenizer(source, config),
+    )
+    decoder_class = select("decoder", config.decoder, None)
+    proposer_class = (
+        select("decoder", config.proposer, None, "proposer") if config.proposer else None
+    )
+    _check_role(decoder_class, "selector", "decoder")
+    if proposer_class is not None:
+        _check_role(proposer_class, "proposer", "proposer")
+    shapes = tuple(plan.shape for plan in plan_matrices(spec))
+    quantizer_needs = QuantizerNeeds(
+        device, dtype, shapes, config.bits, config.group_size, config.symmetric, config.extra
+    )
+    quantizer = select("quantizer", config.quantizer, quantizer_needs)(quantizer_needs)
+
+    cache_needs = CacheNeeds(
+        device=device,
+        dtype=dtype,
+        groups=_kv_groups(spec),
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_model_len=max_model_len,
+        max_rows=config.max_num_seqs,
+        max_num_batched_tokens=batched,
+        max_bytes=config.kv_cache_bytes or _kv_bytes(spec, source, dtype, config, max_model_len),
+        kv_dtype=config.kv_cache_dtype,
+        block_size=config.block_size,
+        prefix_caching=config.enable_prefix_caching,
+        extra=config.extra,
+    )
+    cache = select("cache", config.cache, cache_needs)(cache_needs)
+    max_model_len = _fit_length(config, cache, max_model_len)
+    attention_needs = AttentionNeeds(
+        device=device,
+        dtype=dtype,
+        head_dim=spec.head_dim,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        kv_layout=cache.layout,
+        kv_dtype=cache.kv_dtype,
+        block_size=cache.block_size,
+        window=any(window is not None for window in spec.windows),
+        alibi=spec.alibi,
+        softcap=spec.attention_softcap > 0,
+    )
+    attention = select("attention", config.attention, attention_needs)()
+
+    threads = config.threads or len(os.sched_getaffinity(0))
+    rows_per_seq = DRAFT_ROWS if proposer_class is not None else 1
+    max_logit_rows = min(batched, max(64, config.max_num_seqs * rows_per_seq))
+    sink = ProgramBuilder(batched, max_logit_rows, native().ThreadPool(threads))
+    builder = ModelBuilder(source, sink, quantizer, cache, attention, max_model_len, progress)
+    builder.load_weights()
+    builder.add_ops()
+    program = sink.finish()
+    batch = native().Batch(
+        config.max_num_seqs,
+        max_model_len,
+        batched,
+        max_logit_rows,
+        spec.vocab_size,
+        config.max_logprobs,
+        [(cache.block_size, table) for table in cache.block_tables],
+    )
+    made: dict[str, Decoder] = {decoder_class.name: decoder_class(decoder_context)}
+
+    def decoder_named(name: str) -> Decoder:
+        if name not in made:
+            cls = registry.select("decoder", name, None).cls
+            _check_role(cls, "selector", "decoder")
+            made[name] = cls(decoder_context)
+        return made[name]
+
+    built = Built(
+        config=config,
+        spec=spec,
+        program=program,
+        batch=batch,
+        cache=cache,
+        scheduler=scheduler,
+        decoder=made[decoder_class.name],
+        proposer=proposer_class(decoder_context) if proposer_class else None,
+        constraints=[
+            cls(decoder_context)
+            for cls in registry.classes("decoder")
+            if getattr(cls, "role", "") == "constraint"
+        ],
+        decoders=decoder_named,
+        tokenizer=decoder_context.tokenizer,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=batched,
+        max_logit_rows=max_logit_rows,
+        weight_bytes=builder.weight_bytes,
+        dtype=dtype,
+        threads=threads,
+        selections=selections,
+        load_seconds=time.perf_counter() - started,
+    )
+    log.info("loaded in %.1f s\n%s", built.load_seconds, built.explain())
+    return built
+
+
+def _device(asked: str) -> str:
+    if asked == "cuda":
+        raise ConfigError(f"device 'cuda' cannot be used: {native().cuda_status()}; use 'cpu'")
+    return "cpu"
+
+
+def _dtype(asked: str, stored: str) -> str:
+    """``auto``: what the checkpoint has; 16-bit floats and quantized blocks run as bf16."""
+    if asked != "auto":
+        return asked
+    return "f32" if stored == "f32" else "bf16"
+
+
+def _kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
+    return tuple(
+        KVGroup(
+            tuple(i for i, layer in enumerate(spec.layers) if layer.window == window), window
+        )
+        for window in spec.windows
+    )
+
+
+def _kv_bytes(
+    spec: ModelSpec, source: ModelSource, dtype: str, config: EngineConfig, max_model_len: int
+) -> int:
+    """Room for every row at full length, up to 4 GiB and 40 % of what is free beside the
+    weights.  Pages are touched when they are first written, so unused room costs nothing."""
+    kv_item = ITEM_BYTES.get(config.kv_cache_dtype, ITEM_BYTES[dtype])
+    per_token = spec.kv_bytes_per_token(kv_item)
+    block = config.block_size or 16
+    length = -(-max_model_len // block) * block
+    everything = int(per_token * length * config.max_num_seqs)
+    free = max(0, _available_memory() - source.weight_bytes)
+    return max(min(everything, DEFAULT_KV_BYTES, int(0.4 * free)), int(per_token * block))
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fit_length(config: EngineConfig, cache: KVCache, max_model_len: int) -> int:
+    fits = cache.max_tokens_per_sequence()
+    if fits >= max_model_len:
+        return max_model_len
+    if config.max_model_len is not None:
+        raise CapacityError(
+            f"max_model_len {config.max_model_len} does not fit: the cache holds {fits} tokens "
+            f"in {cache.nbytes / 1e6:.0f} MB; raise kv_cache_memory or lower max_model_len"
+        )
+    log.warning(
+        "max_model_len lowered from %d to %d, which is what the KV cache holds; "
+        "raise kv_cache_memory for more",
+        max_model_len,
+        fits,
+    )
+    return fits
+
+
+def _tokenizer(source: ModelSource, config: EngineConfig) -> Any:
+    if config.tokenizer is not None:
+        return open_model(config.tokenizer, weights=False).tokenizer()
+    return source.tokenizer()
+
+
+def _check_role(cls: type, role: str, option: str) -> None:
+    if getattr(cls, "role", role) != role:
+        raise ConfigError(
+            f"{option}={cls.name!r} is a {cls.role}, not a {role}; "  # type: ignore[attr-defined]
+            f"use it as {'proposer' if cls.role == 'proposer' else 'decoder'}="  # type: ignore[attr-defined]
+        )
+
+
+__all__ = ["Built", "ModelError", "build"]
