@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.config import EngineConfig
-from pyllmlite.core.errors import CapacityError, ConfigError, ModelError
+from pyllmlite.core.errors import CapacityError, ConfigError
 from pyllmlite.hooks.attention import AttentionNeeds
 from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
@@ -307,4 +307,4 @@ def _check_role(cls: type, role: str, option: str) -> None:
         )
 
 
-__all__ = ["Built", "ModelError", "build"]
+
