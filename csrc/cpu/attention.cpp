@@ -1,101 +1,437 @@
-// Causal attention over the paged cache.
+// Causal attention over the paged cache: how a ragged step is cut into work, and shared out.
+// The arithmetic is in attention_tile.h.
+//
+// A query tile is up to 32 rows: consecutive queries of a sequence by the query heads of a KV
+// head.  A step's work is every query tile by every KV head, taken dynamically.  A tile that is
+// too large a share of the step for one thread (a long context in decode) is cut at splits: its
+// pieces leave their splits' results in scratch, and after a barrier they are joined in the same
+// ascending order as within one thread.
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-#include "factories.h"
+#include "cpu/attention_tile.h"
+#include "cpu/factories.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
 
-struct AttentionState {
-  AttentionSpec spec;
+constexpr int32_t kUnitRows = 32;
+// Pieces per thread that are enough for an even load.
+constexpr int64_t kPieces = 4;
+constexpr size_t kPartialBytes = size_t(16) << 20;  // of a whole Program, over all its threads
+
+// Consecutive queries of one sequence, and the splits of their context to attend to.
+struct Work {
+  int32_t seq;
+  int32_t token;        // first, in the batch
+  int32_t count;        // queries
+  int32_t position;     // of the first
+  int32_t first, last;  // splits [first, last)
+  int64_t partial;      // index of the first partial result; -1: none, the output is written
 };
 
-inline float loaded(float value) { return value; }
-inline float loaded(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  memcpy(&result, &bits, 4);
-  return result;
+struct AttentionState {
+  AttentionSpec spec;
+  int32_t group;       // query heads of a KV head
+  int32_t padded;      // head_dim in whole vectors
+  int32_t unit_rows;   // rows of the largest query tile
+  int32_t num_threads;
+  int64_t max_work;
+  int64_t partials_per_thread;
+  // The step's plan: pieces to run, and tiles whose pieces are joined afterwards.
+  Work* work;
+  int64_t num_work;
+  Work* joins;
+  int64_t num_joins;
+  char** areas;  // [num_threads] every thread's partial results, published at the start of a run
+};
+
+size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// One thread's scratch, cut up.
+struct Scratch {
+  float* q;       // [unit_rows, head_dim], chunks of kRows as [head_dim][rows]
+  float* a;       // [unit_rows, padded]
+  float* m;       // [unit_rows]
+  float* l;       // [unit_rows]
+  float* scores;  // [kRows, kSplit]
+  float* split;   // [kRows, padded]
+  char* partials;
+};
+
+size_t cut_scratch(const AttentionState& s, void* base, Scratch* out) {
+  const size_t q = round_up(sizeof(float) * s.unit_rows * s.padded);
+  const size_t row = round_up(sizeof(float) * s.unit_rows);
+  const size_t scores = sizeof(float) * kRows * kSplit;
+  const size_t split = sizeof(float) * kRows * s.padded;
+  char* at = static_cast<char*>(base);
+  if (out) {
+    out->q = reinterpret_cast<float*>(at);
+    out->a = reinterpret_cast<float*>(at + q);
+    out->m = reinterpret_cast<float*>(at + 2 * q);
+    out->l = reinterpret_cast<float*>(at + 2 * q + row);
+    out->scores = reinterpret_cast<float*>(at + 2 * q + 2 * row);
+    out->split = reinterpret_cast<float*>(at + 2 * q + 2 * row + scores);
+    out->partials = at + 2 * q + 2 * row + scores + split;
+  }
+  return 2 * q + 2 * row + scores + split;
 }
 
-template <typename T>
-void attend(const AttentionSpec& spec, const float* q, const int32_t* table, int32_t position,
-            int32_t head, const T* k_cache, const T* v_cache, float* out) {
-  const KVLayout& kv = spec.kv;
-  const int32_t kv_head = head / (spec.num_heads / kv.num_kv_heads);
-  const int32_t first =
-      spec.window > 0 && position >= spec.window ? position - spec.window + 1 : 0;
-  float max = -INFINITY, sum = 0;
-  for (int32_t d = 0; d < kv.head_dim; ++d) out[d] = 0;
-  for (int32_t j = first; j <= position; ++j) {
-    const int64_t block = table[j / kv.block_size], offset = j % kv.block_size;
-    const int64_t base = (block * kv.num_kv_heads + kv_head) * kv.head_dim * kv.block_size;
-    float score = 0;
-    for (int32_t d = 0; d < kv.head_dim; ++d) {
-      score += q[d] * loaded(k_cache[base + int64_t(d) * kv.block_size + offset]);
-    }
-    score *= spec.scale;
-    if (spec.softcap > 0) score = spec.softcap * tanhf(score / spec.softcap);
-    if (spec.alibi_slopes) score += spec.alibi_slopes[head] * float(j - position);
-    const float next = score > max || score != score ? score : max;
-    const float keep = max == -INFINITY ? 0.0f : expf(max - next);
-    const float p = expf(score - next);
-    max = next;
-    sum = sum * keep + p;
-    for (int32_t d = 0; d < kv.head_dim; ++d) {
-      out[d] = out[d] * keep + p * loaded(v_cache[base + offset * kv.head_dim + d]);
-    }
-  }
-  for (int32_t d = 0; d < kv.head_dim; ++d) out[d] /= sum;
+// A partial result: m, l, then a at the next cache line.
+size_t partial_bytes(const AttentionState& s) { return 64 + sizeof(float) * s.padded; }
+
+float* partial_at(const AttentionState& s, int64_t index) {
+  return reinterpret_cast<float*>(s.areas[index / s.partials_per_thread] +
+                                  index % s.partials_per_thread * partial_bytes(s));
+}
+
+void free_plan(AttentionState* s) {
+  free(s->work);
+  free(s->joins);
+  free(s->areas);
+  s->work = s->joins = nullptr;
+  s->areas = nullptr;
+}
+
+size_t attention_scratch(void* state, int32_t max_num_tokens, int32_t num_threads) {
+  AttentionState* s = static_cast<AttentionState*>(state);
+  free_plan(s);
+  s->num_threads = num_threads;
+  s->max_work = int64_t(max_num_tokens) + 2 * kPieces * num_threads + 16;
+  s->work = static_cast<Work*>(malloc(s->max_work * sizeof(Work)));
+  s->joins = static_cast<Work*>(malloc(s->max_work * sizeof(Work)));
+  s->areas = static_cast<char**>(calloc(num_threads, sizeof(char*)));
+  // No step needs more partial results than the whole cache has splits (nor than the budget).
+  const KVLayout& kv = s->spec.kv;
+  const int64_t splits = int64_t(kv.num_blocks) * kv.block_size / kSplit + max_num_tokens;
+  int64_t partials = num_threads > 1 ? splits * s->spec.num_heads : 0;
+  const int64_t budget = static_cast<int64_t>(kPartialBytes / partial_bytes(*s));
+  if (partials > budget) partials = budget;
+  s->partials_per_thread = (partials + num_threads - 1) / num_threads;
+  return cut_scratch(*s, nullptr, nullptr) + s->partials_per_thread * partial_bytes(*s);
+}
+
+int32_t first_key(const AttentionSpec& spec, int32_t position) {
+  return spec.window > 0 && position >= spec.window ? position - spec.window + 1 : 0;
+}
+
+int64_t cost(const AttentionState& s, const Work& w) {
+  return int64_t(w.last - w.first) * w.count * s.group;
 }
 
 int plan_attention(void* state, const pll_batch* batch, char* error, size_t error_size) {
-  const AttentionSpec& spec = static_cast<AttentionState*>(state)->spec;
+  AttentionState* s = static_cast<AttentionState*>(state);
+  const AttentionSpec& spec = s->spec;
   if (spec.kv_group >= batch->num_kv_groups) {
     snprintf(error, error_size, "attention: KV group %d, but the batch has %d", spec.kv_group,
              batch->num_kv_groups);
     return 1;
   }
+  const pll_kv_group& group = batch->kv_groups[spec.kv_group];
+  if (group.block_size != spec.kv.block_size) {
+    snprintf(error, error_size, "attention: made for blocks of %d tokens, but the group has %d",
+             spec.kv.block_size, group.block_size);
+    return 1;
+  }
+  const int32_t tile = s->unit_rows / s->group;
+  int64_t n = 0, total = 0;
+  for (int32_t i = 0; i < batch->num_seqs; ++i) {
+    const int32_t begin = batch->query_start_loc[i], end = batch->query_start_loc[i + 1];
+    if (batch->seq_lens[i] > int64_t(group.max_blocks) * group.block_size) {
+      snprintf(error, error_size, "attention: %d tokens, but the block table holds %lld",
+               batch->seq_lens[i], int64_t(group.max_blocks) * group.block_size + 0LL);
+      return 1;
+    }
+    // The longest contexts first: what is taken last should be small.
+    for (int32_t stop = end; stop > begin; stop -= tile) {
+      const int32_t token = stop - tile > begin ? stop - tile : begin;
+      const int32_t position = batch->seq_lens[i] - (end - token);
+      const int32_t last = position + (stop - token) - 1;
+      if (n >= s->max_work || position < 0) {
+        snprintf(error, error_size, "attention: the step does not fit the Program's tokens");
+        return 1;
+      }
+      s->work[n] = Work{i, token, stop - token, position, first_key(spec, position) / kSplit,
+                        last / kSplit + 1, -1};
+      total += cost(*s, s->work[n++]);
+    }
+  }
+  s->num_work = n;
+  s->num_joins = 0;
+  if (s->num_threads <= 1) return 0;
+  // A thread's fair share is total * num_kv_heads / num_threads; cut what is a good part of it.
+  const int64_t share = total * spec.kv.num_kv_heads / (kPieces * s->num_threads) + 1;
+  int64_t partial = 0;
+  const int64_t capacity = s->partials_per_thread * s->num_threads;
+  for (int64_t i = 0, tiles = n; i < tiles; ++i) {
+    const Work whole = s->work[i];
+    const int64_t rows = int64_t(whole.count) * s->group;
+    const int64_t needed = int64_t(whole.last - whole.first) * rows * spec.kv.num_kv_heads;
+    int32_t step = static_cast<int32_t>(share / rows);
+    if (step < 1) step = 1;
+    const int32_t pieces = (whole.last - whole.first + step - 1) / step;
+    if (pieces < 2 || partial + needed > capacity || s->num_work + pieces > s->max_work) continue;
+    Work* piece = &s->work[i];
+    for (int32_t first = whole.first; first < whole.last; first += step) {
+      *piece = whole;
+      piece->first = first;
+      piece->last = first + step < whole.last ? first + step : whole.last;
+      piece->partial = partial + (first - whole.first) * rows * spec.kv.num_kv_heads;
+      piece = &s->work[s->num_work];
+      if (first + step < whole.last) ++s->num_work;
+    }
+    s->joins[s->num_joins] = whole;
+    s->joins[s->num_joins++].partial = partial;
+    partial += needed;
+  }
   return 0;
 }
 
-void run_attention(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
-                   const pll_context* ctx) {
-  const AttentionSpec& spec = static_cast<AttentionState*>(state)->spec;
-  const pll_kv_group& group = batch->kv_groups[spec.kv_group];
-  const int64_t units = int64_t(batch->num_tokens) * spec.num_heads;
-  for (int64_t u = ctx->thread; u < units; u += ctx->num_threads) {
-    const int32_t t = static_cast<int32_t>(u / spec.num_heads);
-    const int32_t head = static_cast<int32_t>(u % spec.num_heads);
-    const int32_t* table =
-        group.block_table + int64_t(batch->rows[batch->seq_ids[t]]) * group.max_blocks;
-    const int64_t column = int64_t(head) * spec.kv.head_dim;
-    const float* q = static_cast<const float*>(buffers[0].data) + t * buffers[0].stride[0] + column;
-    float* out = static_cast<float*>(buffers[1].data) + t * buffers[1].stride[0] + column;
-    if (spec.kv.dtype == PLL_BF16) {
-      attend(spec, q, table, batch->positions[t], head,
-             static_cast<const uint16_t*>(buffers[2].data),
-             static_cast<const uint16_t*>(buffers[3].data), out);
-    } else {
-      attend(spec, q, table, batch->positions[t], head, static_cast<const float*>(buffers[2].data),
-             static_cast<const float*>(buffers[3].data), out);
+// The step's buffers, typed.
+template <typename T>
+struct Tensors {
+  const float* q;
+  int64_t q_stride;
+  float* out;
+  int64_t out_stride;
+  const T* k;
+  const T* v;
+};
+
+// Addresses of the tiles that keys [low, high) of a split touch; false if a block is missing.
+template <typename T>
+bool find_tiles(const AttentionSpec& spec, const int32_t* table, int32_t kv_head, int32_t split,
+                Range range, const Tensors<T>& tensors, SplitView<T>* view) {
+  const KVLayout& kv = spec.kv;
+  for (int32_t t = range.low / kTile; t * kTile < range.high; ++t) {
+    const int32_t key = split * kSplit + t * kTile;
+    const int32_t block = table[key / kv.block_size], offset = key % kv.block_size;
+    if (block < 0 || block >= kv.num_blocks) return false;
+    const int64_t base =
+        (int64_t(block) * kv.num_kv_heads + kv_head) * kv.head_dim * kv.block_size;
+    view->k[t] = tensors.k + base + offset;
+    view->v[t] = tensors.v + base + int64_t(offset) * kv.head_dim;
+  }
+  return true;
+}
+
+template <typename T>
+using AttendRows = void (*)(const SplitView<T>&, int64_t, int32_t, int32_t, const float*,
+                            const Range*, const ScoreMap*, float*, float*, float*, float*);
+
+template <typename T>
+AttendRows<T> attend_for(int32_t rows) {
+  switch (rows) {
+    case 1:
+      return attend_rows<T, 1>;
+    case 2:
+      return attend_rows<T, 2>;
+#if PLL_ISA >= PLL_ISA_AVX2
+    case 3:
+      return attend_rows<T, 3>;
+    case 4:
+      return attend_rows<T, 4>;
+#endif
+#if PLL_ISA >= PLL_ISA_AVX512
+    case 5:
+      return attend_rows<T, 5>;
+    case 6:
+      return attend_rows<T, 6>;
+    case 7:
+      return attend_rows<T, 7>;
+    case 8:
+      return attend_rows<T, 8>;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+// Row r of a piece: query r / group, head kv_head * group + r % group.
+template <typename T>
+void pack_queries(const AttentionState& s, const Work& w, int32_t kv_head,
+                  const Tensors<T>& tensors, float* packed) {
+  const int32_t head_dim = s.spec.kv.head_dim, rows = w.count * s.group;
+  for (int32_t first = 0; first < rows; first += kRows) {
+    const int32_t n = rows - first < kRows ? rows - first : kRows;
+    float* chunk = packed + int64_t(first) * head_dim;
+    for (int32_t r = 0; r < n; ++r) {
+      const int32_t token = w.token + (first + r) / s.group;
+      const int32_t head = kv_head * s.group + (first + r) % s.group;
+      const float* q = tensors.q + token * tensors.q_stride + int64_t(head) * head_dim;
+      for (int32_t d = 0; d < head_dim; ++d) chunk[d * n + r] = q[d] * s.spec.scale;
     }
   }
 }
 
-void destroy_attention(void* state) { delete static_cast<AttentionState*>(state); }
+void write_row(const AttentionState& s, const float* a, float l, float* out) {
+  const vf inverse = vset1(1.0f / l);
+  const int32_t head_dim = s.spec.kv.head_dim;
+  for (int32_t d = 0; d < head_dim; d += 16) {
+    const vf y = vmul(vload(a + d), inverse);
+    if (d + 16 <= head_dim) {
+      vstore(out + d, y);
+    } else {
+      vstore_n(out + d, y, head_dim - d);
+    }
+  }
+}
+
+template <typename T>
+float* output_row(const AttentionState& s, const Work& w, int32_t kv_head, int32_t r,
+                  const Tensors<T>& tensors) {
+  const int32_t head = kv_head * s.group + r % s.group;
+  return tensors.out + (w.token + r / s.group) * tensors.out_stride +
+         int64_t(head) * s.spec.kv.head_dim;
+}
+
+template <typename T>
+void run_piece(const AttentionState& s, const Work& w, int32_t kv_head, const int32_t* table,
+               const Tensors<T>& tensors, const Scratch& scratch, const pll_context* ctx) {
+  const AttentionSpec& spec = s.spec;
+  const int32_t rows = w.count * s.group;
+  pack_queries(s, w, kv_head, tensors, scratch.q);
+  for (int32_t r = 0; r < rows; ++r) scratch.l[r] = -1;
+  SplitView<T> view;
+  for (int32_t split = w.first; split < w.last; ++split) {
+    const int32_t start = split * kSplit;
+    // Keys that any of the queries sees: from the first one's window to the last one.
+    const int32_t low = first_key(spec, w.position) - start;
+    const int32_t high = w.position + w.count - start;
+    const Range all{low > 0 ? low : 0, high < kSplit ? high : kSplit};
+    if (!find_tiles(spec, table, kv_head, split, all, tensors, &view)) {
+      ctx->fail(ctx, "attention: a block that a query sees is not in the block table");
+      return;
+    }
+    for (int32_t first = 0; first < rows; first += kRows) {
+      const int32_t n = rows - first < kRows ? rows - first : kRows;
+      Range ranges[kRows];
+      ScoreMap maps[kRows];
+      float m[kRows] = {}, l[kRows] = {};
+      for (int32_t r = 0; r < n; ++r) {
+        const int32_t position = w.position + (first + r) / s.group;
+        const int32_t from = first_key(spec, position) - start, to = position + 1 - start;
+        ranges[r] = Range{from > 0 ? from : 0, to < kSplit ? to : kSplit};
+        const int32_t head = kv_head * s.group + (first + r) % s.group;
+        maps[r] = ScoreMap{spec.softcap, spec.alibi_slopes ? spec.alibi_slopes[head] : 0,
+                           static_cast<float>(start - position)};
+      }
+      attend_for<T>(n)(view, spec.kv.block_size, spec.kv.head_dim, s.padded,
+                       scratch.q + int64_t(first) * spec.kv.head_dim, ranges, maps, scratch.scores,
+                       m, l, scratch.split);
+      for (int32_t r = 0; r < n; ++r) {
+        const bool seen = ranges[r].low < ranges[r].high;
+        const float* a = scratch.split + r * s.padded;
+        if (w.partial >= 0) {
+          float* partial = partial_at(
+              s, w.partial + (int64_t(split - w.first) * spec.kv.num_kv_heads + kv_head) * rows +
+                     first + r);
+          partial[0] = m[r];
+          partial[1] = seen ? l[r] : -1;
+          if (seen) memcpy(partial + 16, a, s.padded * sizeof(float));
+        } else if (seen) {
+          const int64_t at = first + r;
+          join({scratch.m + at, scratch.l + at, scratch.a + at * s.padded}, m[r], l[r], a,
+               s.padded);
+        }
+      }
+    }
+  }
+  for (int32_t r = 0; r < rows && w.partial < 0; ++r) {
+    write_row(s, scratch.a + int64_t(r) * s.padded, scratch.l[r],
+              output_row(s, w, kv_head, r, tensors));
+  }
+}
+
+// The partial results of a tile's row, joined in ascending order.
+template <typename T>
+void join_row(const AttentionState& s, const Work& w, int32_t kv_head, int32_t r,
+              const Tensors<T>& tensors, const Scratch& scratch) {
+  const int32_t rows = w.count * s.group;
+  const RowState row{scratch.m, scratch.l, scratch.a};
+  *row.l = -1;
+  for (int32_t split = w.first; split < w.last; ++split) {
+    const float* partial = partial_at(
+        s, w.partial +
+               (int64_t(split - w.first) * s.spec.kv.num_kv_heads + kv_head) * rows + r);
+    // Not "l >= 0": a NaN must come through.
+    if (partial[1] < 0) continue;
+    join(row, partial[0], partial[1], partial + 16, s.padded);
+  }
+  write_row(s, row.a, *row.l, output_row(s, w, kv_head, r, tensors));
+}
+
+template <typename T>
+void run_typed(const AttentionState& s, const pll_batch* batch, const pll_tensor* buffers,
+               const pll_context* ctx) {
+  const AttentionSpec& spec = s.spec;
+  const pll_kv_group& group = batch->kv_groups[spec.kv_group];
+  const Tensors<T> tensors{static_cast<const float*>(buffers[0].data), buffers[0].stride[0],
+                           static_cast<float*>(buffers[1].data),       buffers[1].stride[0],
+                           static_cast<const T*>(buffers[2].data),
+                           static_cast<const T*>(buffers[3].data)};
+  Scratch scratch;
+  cut_scratch(s, ctx->scratch, &scratch);
+  if (s.num_joins > 0) {
+    s.areas[ctx->thread] = scratch.partials;
+    ctx->barrier(ctx);
+  }
+  const int64_t heads = spec.kv.num_kv_heads;
+  const int64_t units = s.num_work * heads;
+  // Several small units at a time, since the counter is shared.
+  int64_t grab = units / (int64_t(ctx->num_threads) * 16);
+  if (grab < 1) grab = 1;
+  for (int64_t u; (u = ctx->fetch_add(ctx, 0, grab)) < units;) {
+    for (int64_t end = u + grab < units ? u + grab : units; u < end; ++u) {
+      const Work& w = s.work[u / heads];
+      const int32_t* table = group.block_table + int64_t(batch->rows[w.seq]) * group.max_blocks;
+      run_piece(s, w, static_cast<int32_t>(u % heads), table, tensors, scratch, ctx);
+    }
+  }
+  if (s.num_joins == 0) return;
+  ctx->barrier(ctx);
+  const int64_t joins = s.num_joins * heads;
+  for (int64_t u; (u = ctx->fetch_add(ctx, 1, 1)) < joins;) {
+    const Work& w = s.joins[u / heads];
+    for (int32_t r = 0; r < w.count * s.group; ++r) {
+      join_row(s, w, static_cast<int32_t>(u % heads), r, tensors, scratch);
+    }
+  }
+}
+
+void run_attention(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
+                   const pll_context* ctx) {
+  const AttentionState& s = *static_cast<AttentionState*>(state);
+  if (s.spec.kv.dtype == PLL_BF16) {
+    run_typed<uint16_t>(s, batch, buffers, ctx);
+  } else {
+    run_typed<float>(s, batch, buffers, ctx);
+  }
+}
+
+void destroy_attention(void* state) {
+  AttentionState* s = static_cast<AttentionState*>(state);
+  free_plan(s);
+  delete s;
+}
 
 }  // namespace
 
 pll_op make_attention(const AttentionSpec& spec) {
+  AttentionState* s = new AttentionState{};
+  s->spec = spec;
+  s->group = spec.num_heads / spec.kv.num_kv_heads;
+  s->padded = (spec.kv.head_dim + 15) / 16 * 16;
+  s->unit_rows = s->group > kUnitRows ? s->group : kUnitRows / s->group * s->group;
   pll_op op{};
   op.abi_version = PLL_ABI_VERSION;
   op.struct_size = sizeof(pll_op);
   op.name = "attention";
-  op.state = new AttentionState{spec};
+  op.state = s;
+  op.scratch_bytes = attention_scratch;
   op.plan = plan_attention;
   op.run = run_attention;
   op.destroy = destroy_attention;
