@@ -18,8 +18,17 @@ def info() -> dict[str, Any]:
 def set_isa(name: str) -> None:
     """Take another instruction set for ops made from now on (also ``PYLLMLITE_ISA``)."""
 
+def cuda_info() -> dict[str, Any]:
+    """``{"built": bool, "devices": [{"name", "compute_capability": (major, minor), "num_sms",
+    "total_bytes"}], "reason": str | None}``; ``reason`` says in one line why there is no device:
+    the CUDA part was not built, no driver, no GPU."""
+
 class ThreadPool:
-    """``num_threads`` workers that run a Program; the calling thread is one of them."""
+    """``num_threads`` workers that run a Program; the calling thread is one of them.
+
+    ``affinity``: CPU of each worker, reused in a circle; the calling thread is never moved.
+    In a forked child the first run starts new threads.
+    """
 
     def __init__(self, num_threads: int, affinity: Sequence[int] | None = None) -> None: ...
     @property
@@ -32,8 +41,8 @@ class Op:
     def name(self) -> str: ...
     @staticmethod
     def from_capsule(capsule: object) -> Op:
-        """Take over a ``pll_op`` from a capsule named ``pyllmlite.op.v0``; a version that does
-        not fit raises ``ValueError``."""
+        """Take over a ``pll_op`` from a capsule named ``pyllmlite.op.v0`` (renamed, so that it
+        is taken once); a version that does not fit raises ``ValueError``."""
 
 class Program:
     """Ops over buffers, allocated once for ``max_num_tokens`` tokens and ``max_logit_rows``."""
@@ -119,6 +128,10 @@ class Batch:
     ) -> None: ...
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Tokens ``[:length]`` and sampling parameters of one row to another (a fork)."""
+    def append(
+        self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        """``token_table[rows[i], positions[i]] = tokens[i]``: one call for all of a step."""
     def set_step(
         self,
         rows: Sequence[int],
@@ -129,11 +142,14 @@ class Batch:
     ) -> None:
         """The step: per sequence its row, first position, number of tokens, and for how many of
         its last tokens logits are wanted.  Token ids are read from ``token_table``; a token at or
-        past a row's length is the caller's mistake.  ``targets``: see :meth:`score_prompt`.
-        Positions, slots and starts are computed natively.  ``ValueError`` for what does not fit."""
+        past a row's length is the caller's mistake.  ``targets``: empty, or per logit row a token
+        to score, -1 to sample.  Positions, slots and starts are computed natively.
+        ``ValueError`` for what does not fit (every position must have a cache block in every KV
+        group); the step is then empty."""
     def score_prompt(self, index: int) -> None:
         """In the step just set, sequence ``index``'s logit rows that are followed by a known token
-        (all but the last) score that token instead of sampling: prompt_logprobs."""
+        (all but the last; the last too where ``prompt_len`` says that the prompt goes on) score
+        that token instead of sampling: prompt_logprobs."""
     def set_mask(self, logit_row: int, mask: np.ndarray | None) -> None:
         """uint32 bitmask for a logit row of the step just set; kept alive until the next step."""
     def set_step_bias(self, row: int, ids: Sequence[int], values: Sequence[float]) -> None:
@@ -141,7 +157,8 @@ class Batch:
     def want_logits(self, logit_row: int) -> None:
         """Keep the row's raw logits for :meth:`logits` after the run (one copy of the row)."""
     def set_copies(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
-        """Blocks to copy before the step's first op."""
+        """Blocks to copy before the first op of the next run, before or after :meth:`set_step`;
+        a run clears them."""
     @property
     def num_tokens(self) -> int: ...
     @property
@@ -262,7 +279,13 @@ def attention(
 def sample(vocab_size: int) -> Op: ...
 def copy_blocks(kv_group: int) -> Op: ...
 
-# One op on plain arrays, for tests and micro-benchmarks: runs `op` as a Program would.
-def run_op(op: Op, arrays: Sequence[np.ndarray], batch: Batch | None, num_threads: int = 1) -> None: ...
+def run_op(
+    op: Op, arrays: Sequence[np.ndarray], batch: Batch | None, num_threads: int = 1
+) -> None:
+    """One op on plain arrays, for tests and micro-benchmarks: runs it as a Program would.
+
+    ``batch`` None: one sequence of as many tokens as the first array has rows, all of whose
+    logits are wanted; for ops that look at nothing else of the step."""
+
 def hash_block(parent: int, token_ids: Sequence[int] | np.ndarray, salt: int = 0) -> int:
     """64-bit chained content hash of a block's tokens (not cryptographic)."""

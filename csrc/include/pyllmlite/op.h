@@ -25,9 +25,11 @@ extern "C" {
 
 /* Version 0 is free to change.  A Program refuses an op whose abi_version differs. */
 #define PLL_ABI_VERSION 0u
-/* Name of the PyCapsule that carries a `pll_op*` from Python to the Program.  The
- * Program copies the struct and takes over `state`. */
+/* Name of the PyCapsule that carries a `pll_op*` from Python to the Program.  The Program
+ * copies the struct, takes over `state` and renames the capsule: a capsule's destructor frees
+ * the struct, and `state` only where the capsule still has its first name. */
 #define PLL_OP_CAPSULE "pyllmlite.op.v0"
+#define PLL_OP_CAPSULE_TAKEN "pyllmlite.op.v0.taken"
 
 typedef enum pll_dtype {
   PLL_F32 = 0,

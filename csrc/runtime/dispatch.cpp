@@ -1,0 +1,129 @@
+// Picks one instruction set's factories; see cpu/factories.h.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#define PLL_NOT_YET __attribute__((weak))
+#include "cpu/factories.h"
+#include "pyllmlite/isa.h"
+
+namespace pyllmlite {
+namespace {
+
+struct Factories {
+  const char* name;
+  bool (*runs_here)();
+  pll_op (*linear)(const LinearSpec&);
+  pll_op (*norm)(const NormOpSpec&);
+  pll_op (*embed)(const EmbedSpec&);
+  pll_op (*rotary_store)(const RotaryStoreSpec&);
+  pll_op (*attention)(const AttentionSpec&);
+  pll_op (*sample)(int64_t);
+};
+
+#define PLL_FACTORIES(ns, runs_here)                                                        \
+  {                                                                                         \
+    #ns, runs_here, ns::make_linear, ns::make_norm, ns::make_embed, ns::make_rotary_store, \
+        ns::make_attention, ns::make_sample                                                 \
+  }
+
+const Factories kFactories[] = {
+    PLL_FACTORIES(scalar, [] { return true; }),
+#if defined(PLL_HAVE_X86)
+    PLL_FACTORIES(avx2,
+                  [] {
+                    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("f16c");
+                  }),
+    PLL_FACTORIES(avx512,
+                  [] {
+                    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
+                           __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512vnni");
+                  }),
+    PLL_FACTORIES(avx512_bf16,
+                  [] {
+                    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
+                           __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512vnni") &&
+                           __builtin_cpu_supports("avx512bf16");
+                  }),
+#endif
+};
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+const Factories* find(const std::string& name) {
+  for (const Factories& f : kFactories) {
+    if (name != f.name) continue;
+    if (f.runs_here()) return &f;
+    throw std::invalid_argument("this machine cannot run instruction set '" + name +
+                                "'; it can run: " + join(available_isas()));
+  }
+  throw std::invalid_argument("unknown instruction set '" + name +
+                              "'; compiled in: " + join(compiled_isas()));
+}
+
+std::atomic<const Factories*> chosen{nullptr};
+
+const Factories& current() {
+  const Factories* f = chosen.load(std::memory_order_acquire);
+  if (f != nullptr) return *f;
+  const char* forced = std::getenv("PYLLMLITE_ISA");
+  if (forced != nullptr && *forced != '\0') {
+    try {
+      f = find(forced);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("PYLLMLITE_ISA: ") + error.what());
+    }
+  } else {
+    for (const Factories& each : kFactories) {
+      if (each.runs_here()) f = &each;
+    }
+  }
+  chosen.store(f, std::memory_order_release);
+  return *f;
+}
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Factories& f : kFactories) names.emplace_back(f.name);
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Factories& f : kFactories) {
+    if (f.runs_here()) names.emplace_back(f.name);
+  }
+  return names;
+}
+
+std::string isa() { return current().name; }
+void set_isa(const std::string& name) { chosen.store(find(name), std::memory_order_release); }
+
+template <class F>
+F built(F factory) {
+  if (factory == nullptr) throw std::runtime_error("this build has no such kernel");
+  return factory;
+}
+pll_op make_linear(const LinearSpec& spec) { return built(current().linear)(spec); }
+pll_op make_norm(const NormOpSpec& spec) { return current().norm(spec); }
+pll_op make_embed(const EmbedSpec& spec) { return built(current().embed)(spec); }
+pll_op make_rotary_store(const RotaryStoreSpec& spec) { return current().rotary_store(spec); }
+pll_op make_attention(const AttentionSpec& spec) { return current().attention(spec); }
+pll_op make_sample(int64_t vocab_size) { return current().sample(vocab_size); }
+
+}  // namespace pyllmlite
