@@ -1,7 +1,8 @@
-"""What all strategies share: a name, a contract version, a priority, and a say in what they support."""
+"""What all strategies share: a name, a contract version, a priority, a say in what they support."""
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any, ClassVar
 
 # Version of each contract.  All stay at 0, free to change, until every built-in strategy
@@ -15,7 +16,7 @@ CONTRACT_VERSIONS: dict[str, int] = {
 }
 
 
-class Strategy:
+class Strategy(ABC):
     """Base of the five contracts.
 
     Class attributes:

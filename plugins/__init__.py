@@ -1,0 +1,1 @@
+"""The built-in strategies, a folder a contract; they come in by the door that third parties use."""

@@ -1,0 +1,475 @@
+"""Sequences over blocks: block tables, copy-on-write, windows, and sharing through a prefix tree.
+
+Both built-in caches are this class; they differ in the size of a block and in whether blocks
+are shared between requests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pyllmlite.hooks.attention import OpSink
+from pyllmlite.hooks.cache import CacheNeeds, KVCache, KVView, StoreLayer
+from pyllmlite.runtime.native import native
+from pyllmlite_plugins.cache.block_pool import BlockPool
+from pyllmlite_plugins.cache.plan import peak_blocks, split
+from pyllmlite_plugins.cache.prefix_tree import Node, PrefixTree
+from pyllmlite_plugins.layout import ELEMENT_BYTES, PAGED_KT, allocate, native_layout
+
+NEVER = sys.maxsize
+# A sequence waits for a prefix in flight if that saves at least this part of what it would
+# have to run; for less it would lose more by starting a step later.
+WAIT_FOR = 0.25
+
+
+class _Held:
+    """What one sequence holds.
+
+    Attributes:
+        blocks: Per group its blocks in order; -1: fell out of the window.
+        first: Per group the index of the first that did not.
+        computed: Tokens that are in the cache.
+        full: Blocks whose contents are committed.
+        ready: Tokens for which there is room that only this sequence writes to.
+        next_work: ``computed`` at which a commit has more to do than to note it.
+        node: The prefix-tree node of the last full block.
+        pending: Nodes that others may wait for.
+        hit: Tokens taken over at the start; ``asked``: tokens it came with.
+    """
+
+    __slots__ = (
+        "asked",
+        "blocks",
+        "computed",
+        "first",
+        "full",
+        "hit",
+        "next_work",
+        "node",
+        "pending",
+        "ready",
+        "row",
+    )
+
+    def __init__(self, row: int, num_groups: int) -> None:
+        self.row = row
+        self.blocks: list[list[int]] = [[] for _ in range(num_groups)]
+        self.first = [0] * num_groups
+        self.computed = 0
+        self.full = 0
+        self.ready = 0
+        self.next_work = NEVER
+        self.node: Node | None = None
+        self.pending: set[Node] = set()
+        self.hit = 0
+        self.asked = 0
+
+
+class BlockCache(KVCache):
+    """A :class:`KVCache` over pools of equal blocks, one pool for each KV group."""
+
+    layout = PAGED_KT
+    share_prefixes = False
+
+    @classmethod
+    def supports(cls, need: CacheNeeds) -> str | None:
+        if need.device != "cpu":
+            return f"stores on the CPU, not on {need.device!r}"
+        if need.kv_dtype != "auto" and need.kv_dtype not in ELEMENT_BYTES:
+            return f"stores {', '.join(ELEMENT_BYTES)}, not kv_dtype {need.kv_dtype!r}"
+        return None
+
+    def __init__(self, needs: CacheNeeds) -> None:
+        super().__init__(needs)
+        self.block_size = self._choose_block_size(needs)
+        auto = "f32" if needs.dtype == "f32" else "bf16"
+        self.kv_dtype = auto if needs.kv_dtype == "auto" else needs.kv_dtype
+        self._windows = [group.window for group in needs.groups]
+        token_bytes = 2 * needs.num_kv_heads * needs.head_dim * ELEMENT_BYTES[self.kv_dtype]
+        self._block_bytes = [
+            len(group.layers) * token_bytes * self.block_size for group in needs.groups
+        ]
+        sharing = self.share_prefixes and needs.prefix_caching
+        counts = split(
+            self._windows,
+            self._block_bytes,
+            self.block_size,
+            needs.max_bytes,
+            needs.max_model_len,
+            needs.max_rows,
+            needs.max_num_batched_tokens,
+            keep_unreferenced=sharing,
+        )
+        self.num_blocks = min(counts)
+        self._tree = PrefixTree(self.block_size, self._windows) if sharing else None
+        self._pools = [BlockPool(n, g, self._tree) for g, n in enumerate(counts)]
+        self._max_blocks = -(-needs.max_model_len // self.block_size)
+        self._tables = [
+            np.full((needs.max_rows, self._max_blocks), -1, np.int32) for _ in self._pools
+        ]
+        self._tracks_blocks = sharing or any(w is not None for w in self._windows)
+        self._held: dict[int, _Held] = {}
+        self._copies: list[list[tuple[int, int]]] = [[] for _ in self._pools]
+        self._num_copies = self._waits = self._hit_tokens = self._query_tokens = 0
+
+    def _choose_block_size(self, needs: CacheNeeds) -> int:
+        raise NotImplementedError
+
+    # -- at load -----------------------------------------------------------------------------
+    def add_tensors(self, sink: OpSink) -> list[KVView]:
+        needs = self.needs
+        views: list[KVView | None] = [None] * needs.num_layers
+        for g, (group, pool) in enumerate(zip(needs.groups, self._pools, strict=True)):
+            for layer in group.layers:
+                k, v = allocate(
+                    pool.num_blocks,
+                    needs.num_kv_heads,
+                    needs.head_dim,
+                    self.block_size,
+                    self.kv_dtype,
+                )
+                views[layer] = KVView(
+                    layout=self.layout,
+                    dtype=self.kv_dtype,
+                    group=g,
+                    block_size=self.block_size,
+                    num_blocks=pool.num_blocks,
+                    k=sink.tensor(f"layers.{layer}.k_cache", k, self.kv_dtype),
+                    v=sink.tensor(f"layers.{layer}.v_cache", v, self.kv_dtype),
+                )
+        missing = [i for i, view in enumerate(views) if view is None]
+        if missing:
+            raise ValueError(f"layers {missing} are in no KV group")
+        return [view for view in views if view is not None]
+
+    def add_store_op(self, sink: OpSink, layer: StoreLayer, qkv: Any, kv: KVView) -> None:
+        op = native().rotary_store(
+            num_heads=layer.num_heads,
+            kv=native_layout(kv, layer.num_kv_heads, layer.head_dim),
+            kv_group=kv.group,
+            rotary_dim=layer.rotary_dim,
+            cos=layer.cos,
+            sin=layer.sin,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            qk_norm_eps=layer.qk_norm_eps,
+        )
+        sink.op(op, [qkv, kv.k, kv.v], f"layers.{layer.index}.rotary_store")
+
+    def add_copy_op(self, sink: OpSink, views: list[KVView]) -> None:
+        for group in range(len(self._pools)):
+            buffers = [b for view in views if view.group == group for b in (view.k, view.v)]
+            if buffers:
+                sink.op(native().copy_blocks(group), buffers, f"copy_blocks.{group}")
+
+    @property
+    def block_tables(self) -> list[np.ndarray]:
+        return self._tables
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            pool.num_blocks * size for pool, size in zip(self._pools, self._block_bytes, strict=True)
+        )
+
+    # -- sequences ---------------------------------------------------------------------------
+    def acquire(self, seq_id: int, row: int, token_ids: Sequence[int], salt: int = 0) -> int | None:
+        if seq_id in self._held:
+            raise ValueError(f"sequence {seq_id} is in the cache already")
+        held = _Held(row, len(self._pools))
+        held.asked = len(token_ids)
+        if self._tree is not None:
+            path, in_flight = self._tree.match(token_ids, salt)
+            hit = len(path) * self.block_size
+            if in_flight * self.block_size >= max(1.0, WAIT_FOR * (len(token_ids) - hit)):
+                self._waits += 1
+                return None
+            self._take_over(held, path)
+            self._announce(held, seq_id, token_ids, path[-1] if path else self._tree.root(salt))
+        if self._tracks_blocks:
+            held.next_work = (held.full + 1) * self.block_size
+        self._held[seq_id] = held
+        self._hit_tokens += held.hit
+        self._query_tokens += held.asked
+        return held.hit
+
+    def _take_over(self, held: _Held, path: list[Node]) -> None:
+        """Hold the blocks of the prefix that the next token still sees."""
+        held.full = len(path)
+        held.hit = held.computed = held.ready = len(path) * self.block_size
+        for g, (pool, window) in enumerate(zip(self._pools, self._windows, strict=True)):
+            first = 0 if window is None else max(0, held.hit - window + 1) // self.block_size
+            blocks = [-1] * first + [node.blocks[g] for node in path[first:]]
+            for block in blocks[first:]:
+                pool.share(block)
+            held.first[g] = first
+            held.blocks[g] = blocks
+            self._tables[g][held.row, : len(blocks)] = blocks
+
+    def _announce(self, held: _Held, seq_id: int, token_ids: Sequence[int], node: Node) -> None:
+        """Stand on the prefix's last node; the full blocks behind it are being computed."""
+        tree, size = self._tree, self.block_size
+        assert tree is not None
+        held.node = node
+        tree.use(node)
+        for start in range(held.hit, len(token_ids) - size + 1, size):
+            node = tree.child(node, tuple(token_ids[start : start + size]))
+            if node.owner is None and min(node.blocks) < 0:
+                node.owner = seq_id
+                held.pending.add(node)
+                tree.use(node)
+
+    def reserve(self, seq_id: int, num_tokens: int) -> bool:
+        held = self._held[seq_id]
+        if num_tokens <= held.ready:
+            return True
+        return self._grow(held, num_tokens)
+
+    def _grow(self, held: _Held, num_tokens: int) -> bool:
+        size = self.block_size
+        want = -(-num_tokens // size)
+        start = held.computed // size  # the first block that may be written
+        if want > self._max_blocks:
+            raise ValueError(f"{num_tokens} tokens exceed max_model_len {self.needs.max_model_len}")
+        for pool, blocks in zip(self._pools, held.blocks, strict=True):
+            shared = sum(pool.refs[block] > 1 for block in blocks[start:want])
+            if max(0, want - len(blocks)) + shared > pool.num_free:
+                return False
+        for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
+            table = self._tables[g][held.row]
+            for i in range(start, min(want, len(blocks))):
+                block = blocks[i]
+                if pool.refs[block] > 1:
+                    blocks[i] = table[i] = pool.take()
+                    self._copies[g].append((block, blocks[i]))
+                    self._num_copies += 1
+                    pool.release(block)
+                else:
+                    pool.forget(block)
+            while len(blocks) < want:
+                block = pool.take()
+                table[len(blocks)] = block
+                blocks.append(block)
+        held.ready = want * size
+        return True
+
+    def commit(self, seq_id: int, token_ids: Sequence[int], num_computed: int) -> None:
+        held = self._held[seq_id]
+        held.computed = num_computed
+        if num_computed >= held.next_work:
+            self._fill(held, token_ids)
+
+    def _fill(self, held: _Held, token_ids: Sequence[int]) -> None:
+        """Blocks have become full: others may share them, and windows have moved on."""
+        tree, size = self._tree, self.block_size
+        full = held.computed // size
+        if tree is not None:
+            node = held.node
+            assert node is not None
+            for i in range(held.full, full):
+                parent = node
+                node = tree.child(parent, tuple(token_ids[i * size : (i + 1) * size]))
+                tree.use(node)
+                tree.leave(parent)
+                for g, pool in enumerate(self._pools):
+                    block = held.blocks[g][i]
+                    if node.blocks[g] < 0 and pool.nodes[block] is None:
+                        tree.attach(node, g, block)
+                        pool.nodes[block] = node
+                if node in held.pending:
+                    self._settle(held, node)
+            held.node = node
+        held.full = full
+        held.next_work = (full + 1) * size
+        for g, window in enumerate(self._windows):
+            if window is not None:
+                self._drop(held, g, max(0, held.computed - window + 1) // size)
+
+    def _drop(self, held: _Held, group: int, first: int) -> None:
+        """The blocks before ``first`` fell out of the window."""
+        pool, blocks = self._pools[group], held.blocks[group]
+        old = held.first[group]
+        for i in range(old, first):
+            pool.release(blocks[i])
+            blocks[i] = -1
+        if first > old:
+            self._tables[group][held.row, old:first] = -1
+            held.first[group] = first
+
+    def _settle(self, held: _Held, node: Node) -> None:
+        """The sequence computes the node no longer: it is done, or it never will be."""
+        held.pending.discard(node)
+        node.owner = None
+        assert self._tree is not None
+        self._tree.leave(node)
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """Raises ``ValueError`` for a length before the last commit whose window is gone (free
+        the sequence and acquire it again)."""
+        held, size = self._held[seq_id], self.block_size
+        if num_tokens < held.computed:
+            for window, first in zip(self._windows, held.first, strict=True):
+                if window is not None and max(0, num_tokens - window + 1) // size < first:
+                    raise ValueError(
+                        f"sequence {seq_id} cannot go back to {num_tokens} tokens: "
+                        "their window is no longer held"
+                    )
+            held.computed = held.ready = num_tokens  # what is shared is copied when written
+            for node in list(held.pending):
+                self._settle(held, node)
+            self._step_back(held, num_tokens // size)
+        keep = -(-num_tokens // size)
+        for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
+            if len(blocks) > keep:
+                for block in reversed(blocks[keep:]):
+                    pool.release(block)
+                del blocks[keep:]
+                self._tables[g][held.row, keep:] = -1
+        held.ready = min(held.ready, keep * size)
+
+    def _step_back(self, held: _Held, full: int) -> None:
+        if full >= held.full:
+            return
+        if self._tree is not None:
+            node = held.node
+            for _ in range(held.full - full):
+                assert node is not None
+                node = node.parent
+            assert node is not None and held.node is not None
+            self._tree.use(node)
+            self._tree.leave(held.node)
+            held.node = node
+        held.full = full
+        if self._tracks_blocks:
+            held.next_work = (full + 1) * self.block_size
+
+    def fork(self, parent_id: int, child_id: int, row: int) -> None:
+        if child_id in self._held:
+            raise ValueError(f"sequence {child_id} is in the cache already")
+        parent = self._held[parent_id]
+        child = _Held(row, len(self._pools))
+        child.computed, child.full = parent.computed, parent.full
+        child.next_work = parent.next_work
+        child.first = list(parent.first)
+        parent.ready = child.ready = min(parent.ready, parent.computed)
+        keep = -(-parent.computed // self.block_size)
+        for g, pool in enumerate(self._pools):
+            blocks = parent.blocks[g][:keep]
+            for block in blocks[child.first[g] :]:
+                pool.share(block)
+            child.blocks[g] = blocks
+            self._tables[g][row, :keep] = blocks
+        if self._tree is not None:
+            child.node = parent.node
+            assert child.node is not None
+            self._tree.use(child.node)
+        self._held[child_id] = child
+
+    def free(self, seq_id: int) -> None:
+        held = self._held.pop(seq_id)
+        if held.computed == held.hit:  # it never ran: not a hit that served anybody
+            self._hit_tokens -= held.hit
+            self._query_tokens -= held.asked
+        for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
+            # Last first, so that the tail of a prefix is evicted before its beginning.
+            for block in reversed(blocks[held.first[g] :]):
+                pool.release(block)
+            self._tables[g][held.row, : len(blocks)] = -1
+        if self._tree is not None:
+            for node in list(held.pending):
+                self._settle(held, node)
+            assert held.node is not None
+            self._tree.leave(held.node)
+
+    def take_copies(self, group: int) -> list[tuple[int, int]]:
+        copies = self._copies[group]
+        if copies:
+            self._copies[group] = []
+        return copies
+
+    # -- state -------------------------------------------------------------------------------
+    @property
+    def num_free_blocks(self) -> int:
+        return min([pool.num_free for pool in self._pools])
+
+    def blocks_needed(self, seq_id: int | None, num_tokens: int) -> int:
+        size = self.block_size
+        want = -(-num_tokens // size)
+        if seq_id is None:
+            chunk = self.needs.max_num_batched_tokens
+            return max(peak_blocks(num_tokens, w, size, chunk) for w in self._windows)
+        held = self._held[seq_id]
+        if num_tokens <= held.ready:
+            return 0
+        start = held.computed // size
+        return max(
+            max(0, want - len(blocks)) + sum(pool.refs[b] > 1 for b in blocks[start:want])
+            for pool, blocks in zip(self._pools, held.blocks, strict=True)
+        )
+
+    def max_tokens_per_sequence(self) -> int:
+        longest = self.needs.max_model_len
+        for pool, window in zip(self._pools, self._windows, strict=True):
+            peak = peak_blocks(
+                longest, window, self.block_size, self.needs.max_num_batched_tokens
+            )
+            if peak > pool.num_blocks:
+                longest = min(longest, pool.num_blocks * self.block_size)
+        return longest
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "num_blocks": self.num_blocks,
+            "num_free_blocks": self.num_free_blocks,
+            "num_cached_blocks": min(pool.num_cached for pool in self._pools),
+            "hit_tokens": self._hit_tokens,
+            "query_tokens": self._query_tokens,
+            "evictions": sum(pool.evictions for pool in self._pools),
+            "copies": self._num_copies,
+            "waits": self._waits,
+        }
+
+    def reset_prefix_cache(self) -> None:
+        for pool in self._pools:
+            pool.forget_unreferenced()
+
+    def check_integrity(self) -> None:
+        size = self.block_size
+        for g, pool in enumerate(self._pools):
+            counts: Counter[int] = Counter()
+            expected = np.full_like(self._tables[g], -1)
+            for seq_id, held in self._held.items():
+                blocks, first = held.blocks[g], held.first[g]
+                assert all(b < 0 for b in blocks[:first]), f"sequence {seq_id} holds dropped blocks"
+                assert all(b >= 0 for b in blocks[first:]), f"sequence {seq_id} misses a block"
+                assert held.computed <= len(blocks) * size, f"sequence {seq_id} lacks room"
+                counts.update(blocks[first:])
+                expected[held.row, : len(blocks)] = blocks
+                for block in blocks[held.computed // size : -(-held.ready // size)]:
+                    if held.ready > held.computed:
+                        assert pool.refs[block] == 1 and pool.nodes[block] is None, (
+                            f"sequence {seq_id} would write to shared block {block}"
+                        )
+            pool.check(counts)
+            assert (expected == self._tables[g]).all(), f"block table of group {g} is wrong"
+        if self._tree is not None:
+            self._check_tree(self._tree)
+
+    def _check_tree(self, tree: PrefixTree) -> None:
+        standing = Counter(id(held.node) for held in self._held.values())
+        for node in tree.nodes():
+            blocks = [(g, b) for g, b in enumerate(node.blocks) if b >= 0]
+            owned = node.owner is not None
+            uses = len(node.children) + len(blocks) + owned + standing.get(id(node), 0)
+            assert node.uses == uses > 0, f"a prefix node counts {node.uses} uses, has {uses}"
+            assert all(self._pools[g].nodes[b] is node for g, b in blocks), (
+                "a prefix node names a block that does not know it"
+            )
+            assert not owned or node in self._held[node.owner].pending, (
+                "a prefix is in flight in no sequence"
+            )

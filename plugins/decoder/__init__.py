@@ -1,0 +1,9 @@
+"""Built-in decoding: selectors, proposers, constraints."""
+
+from pyllmlite import hookimpl
+from pyllmlite_plugins.decoder.sample import Sample
+
+
+@hookimpl
+def pyllmlite_decoders():
+    return [Sample]
