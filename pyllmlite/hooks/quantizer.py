@@ -44,6 +44,12 @@ class Quantizer(Strategy):
     def __init__(self, needs: QuantizerNeeds) -> None:
         self.needs = needs
 
+    def keep(self, shape: LinearShape, stored: LinearWeight) -> LinearWeight | None:
+        """A matrix that arrives quantized in a packed format: return it, as it is or with
+        another activation mode, to run it without rounding it again; None: it is turned to
+        float32 and given to :meth:`quantize`.  With ``values`` of some rows only, as above."""
+        return None
+
     @abstractmethod
     def quantize(
         self, shape: LinearShape, weight: np.ndarray, calibration: Any = None

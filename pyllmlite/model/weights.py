@@ -11,6 +11,7 @@ import numpy as np
 from pyllmlite.core.errors import ModelError, PluginError
 from pyllmlite.core.spec import ModelSpec
 from pyllmlite.core.weights import LinearShape, LinearWeight
+from pyllmlite.model import blocks
 from pyllmlite.runtime.native import native
 
 if TYPE_CHECKING:
@@ -108,9 +109,12 @@ def load_matrix(source: ModelSource, plan: MatrixPlan, quantizer: Quantizer) -> 
         PluginError: The quantizer answered with something the kernels have no format for.
     """
     shape = plan.shape
+    kept = _keep_blocks(source, plan, quantizer)
+    if kept is not None:
+        return kept
     if not quantizer.rowwise:
-        blocks = [block for _, block in _float_rows(source, plan, whole=True)]
-        weight = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+        pieces = [piece for _, piece in _float_rows(source, plan, whole=True)]
+        weight = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         made = quantizer.quantize(shape, weight)
         _check(quantizer, shape, made, shape.out_features)
         packed = native().PackedLinear(
@@ -123,18 +127,49 @@ def load_matrix(source: ModelSource, plan: MatrixPlan, quantizer: Quantizer) -> 
     for first, block in _float_rows(source, plan, whole=False):
         made = quantizer.quantize(shape, block)
         _check(quantizer, shape, made, block.shape[0])
-        if result is None:
-            packed = native().PackedLinear.empty(
-                made.format,
-                shape.out_features,
-                shape.in_features,
-                made.group_size,
-                made.mins is not None,
-                shape.gated,
-            )
-            result = PackedMatrix(packed, made.int8_activations)
+        result = result or _empty(shape, made)
         result.packed.set_rows(first, made.values, made.scales, made.mins)
     assert result is not None
+    return result
+
+
+def _empty(shape: LinearShape, like: LinearWeight) -> PackedMatrix:
+    packed = native().PackedLinear.empty(
+        like.format,
+        shape.out_features,
+        shape.in_features,
+        like.group_size,
+        like.mins is not None,
+        shape.gated,
+    )
+    return PackedMatrix(packed, like.int8_activations)
+
+
+def _keep_blocks(
+    source: ModelSource, plan: MatrixPlan, quantizer: Quantizer
+) -> PackedMatrix | None:
+    """The matrix in the blocks it is stored in; None where that cannot be or is not wanted: its
+    parts have different types, or a type that no packed format holds exactly."""
+    stored = [source.raw(part.name) for part in plan.parts]
+    columns = plan.shape.in_features
+    for tensor, part in zip(stored, plan.parts, strict=True):
+        if tensor is None or tensor.shape != (part.rows, columns) or tensor.raw() is None:
+            return None
+        if tensor.dtype != stored[0].dtype or not blocks.fits(tensor.dtype, columns):
+            return None
+    result: PackedMatrix | None = None
+    first, step = 0, max(GATE_BLOCK, CHUNK_ELEMENTS // columns)
+    for tensor, part in zip(stored, plan.parts, strict=True):
+        data = tensor.raw()
+        for start in range(0, part.rows, step):
+            codes = blocks.blocks_to_codes(tensor.dtype, data[start : start + step])
+            made = quantizer.keep(plan.shape, codes)
+            if made is None:
+                return None
+            result = result or _empty(plan.shape, made)
+            result.packed.set_rows(first + start, made.values, made.scales, made.mins)
+        first += part.rows
+        tensor.release()
     return result
 
 
