@@ -295,7 +295,7 @@ def _fit_length(config: EngineConfig, cache: KVCache, max_model_len: int) -> int
 
 def _tokenizer(source: ModelSource, config: EngineConfig) -> Any:
     if config.tokenizer is not None:
-        return load_tokenizer_from(config.tokenizer)
+        return open_model(config.tokenizer).tokenizer()
     return source.tokenizer()
 
 
