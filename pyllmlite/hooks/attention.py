@@ -43,6 +43,9 @@ class AttentionLayer:
         softcap: > 0: scores become ``softcap * tanh(scores / softcap)``.
         alibi_slopes: float32 ``[num_heads]`` or None: adds ``slope * (key - query position)``
             (Press et al. 2022).
+        rotary_dim, cos, sin: The layer's rotation (as in ``StoreLayer``), for an attention that
+            reads keys which are stored before it (``KVView.rotated_keys`` False); one that
+            cannot raises ``PluginError`` in ``add_ops``.
     """
 
     index: int
@@ -53,6 +56,9 @@ class AttentionLayer:
     window: int | None
     softcap: float
     alibi_slopes: np.ndarray | None
+    rotary_dim: int = 0
+    cos: np.ndarray | None = None
+    sin: np.ndarray | None = None
 
 
 class OpSink(Protocol):
@@ -89,6 +95,8 @@ class Attention(Strategy):
                 first; keys and values are already in the cache when your op runs.
             out: f32 ``[tokens, num_heads * head_dim]``, written whole.
             kv: The cache's tensors of this layer, their layout, dtype and group.
+
+        Where ``block_table`` is -1 the block is not held (it left the window): do not read it.
 
         The op sees ``block_table``, ``slot_mapping``, ``seq_lens``, ``query_start_loc`` and
         ``positions`` in the step's batch.

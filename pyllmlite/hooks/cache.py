@@ -99,6 +99,9 @@ class KVCache(Strategy):
     Two invariants that ``check_integrity`` must hold at any time between calls: a block is
     free, cached or held by exactly as many sequences as its reference count says; and a
     block that more than one sequence holds is never written.
+
+    What a rollback needs stays until it is certain: a block leaves a window only in
+    ``commit``, by the committed length, and only committed tokens are ever shared.
     """
 
     contract = "cache"
@@ -163,7 +166,8 @@ class KVCache(Strategy):
 
     @abstractmethod
     def free(self, seq_id: int) -> None:
-        """The sequence leaves (ends, is aborted or preempted)."""
+        """The sequence leaves (ends, is aborted or preempted).  A queued copy onto a block that
+        becomes free is dropped: copies of a step run side by side, in no order."""
 
     @abstractmethod
     def take_copies(self, group: int) -> list[tuple[int, int]]:

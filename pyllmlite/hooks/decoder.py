@@ -23,6 +23,7 @@ class DecoderContext:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     tokenizer: Any = None
+    max_logprobs: int = 20  # most that ``sampling`` may ask for as ``num_logprobs``
 
 
 class StepPlan(Protocol):
@@ -32,7 +33,8 @@ class StepPlan(Protocol):
         """Added to the logits of all its rows in this step; ``-inf`` forbids a token."""
 
     def mask(self, row: int, bits: np.ndarray) -> None:
-        """uint32 ``[ceil(vocab / 32)]``: bit set, token allowed."""
+        """uint32 ``[ceil(vocab / 32)]``: bit set, token allowed.  Read while the step runs: do
+        not change the array before the next one."""
 
     def want_logits(self, row: int) -> None:
         """See the row's raw logits after the run: one copy of ``vocab_size`` floats."""
@@ -45,24 +47,29 @@ class StepResult(Protocol):
     num_rows: int
 
     def top(self, row: int) -> list[tuple[int, float]]:
-        """``(id, logprob)``, best first; as many as the sequence's sampling asked for."""
+        """``(id, logprob)``, best first; as many as the sequence's sampling asked for.  Of the
+        raw distribution: masks, biases and temperature are not in it."""
 
     def logits(self, row: int) -> np.ndarray:
         """Raw float32 logits, if wanted; valid during the call."""
 
 
 class Actions(Protocol):
-    """What a decoder may do with a sequence after a step."""
+    """What a decoder may do with a sequence after a step, also with another sequence of the
+    same request (beams): first ``end`` what is dropped, which makes room, then ``fork``, which
+    takes tokens as they are, then ``append``."""
 
     def append(self, seq: Sequence, token_ids: Seq[int]) -> None:
         """Add tokens to its output.  The engine applies stop rules and max_tokens in order and
         drops what stands behind an end."""
 
     def fork(self, seq: Sequence) -> Sequence:
-        """A second sequence of the same request with the same tokens and cache."""
+        """A second sequence of the same request with the same tokens and cache.  With no row
+        free the child waits, as if preempted: it costs time, not correctness."""
 
     def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End it (``stop``, ``length``), or drop it from the request (``dropped``)."""
+        """End it (``stop``, ``length``), or drop it from the request (``dropped``, also after
+        it has ended)."""
 
 
 class Decoder(Strategy):
@@ -153,7 +160,8 @@ class Constraint(Strategy):
 
     @abstractmethod
     def mask(self, state: Any) -> np.ndarray | None:
-        """uint32 bitmask of the tokens allowed next; None: all."""
+        """uint32 bitmask of the tokens allowed next; None: all.  The array is read while the
+        step runs and must stay as it is until the next one."""
 
     @abstractmethod
     def accept(self, state: Any, token_id: int) -> None:

@@ -1,0 +1,323 @@
+// Attention against a double-precision softmax, and its promise that a row's bits depend on
+// nothing but the row.
+
+#include <cmath>
+#include <limits>
+
+#include "harness.h"
+#include "pyllmlite/ops.h"
+
+using harness::check;
+using harness::Random;
+
+namespace {
+
+float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+struct Case {
+  const char* name;
+  int heads, kv_heads, head_dim, block_size;
+  int window;
+  float softcap;
+  bool alibi, bf16;
+};
+
+// Sequences with whole K and V, a paged cache that holds them in shuffled blocks, and everything
+// else in that cache NaN.
+struct World {
+  Case c;
+  std::vector<int> lengths;
+  std::vector<std::vector<float>> q, k, v;  // [length, heads or kv_heads, head_dim]
+  std::vector<float> slopes;
+  std::vector<float> k32, v32;
+  std::vector<uint16_t> k16, v16;
+  std::vector<int32_t> table;
+  int max_blocks = 0, num_blocks = 0;
+
+  World(const Case& spec, std::vector<int> lens, uint64_t seed) : c(spec), lengths(lens) {
+    Random random(seed);
+    for (int n : lengths) {
+      q.push_back(random.values(size_t(n) * c.heads * c.head_dim, 2));
+      k.push_back(random.values(size_t(n) * c.kv_heads * c.head_dim, 2));
+      v.push_back(random.values(size_t(n) * c.kv_heads * c.head_dim, 2));
+      max_blocks = std::max(max_blocks, (n + c.block_size - 1) / c.block_size);
+    }
+    for (int h = 0; h < c.heads; ++h) slopes.push_back(std::pow(2.0f, -8.0f * (h + 1) / c.heads));
+    num_blocks = max_blocks * int(lengths.size()) + 3;
+    std::vector<int32_t> order(num_blocks);
+    for (int i = 0; i < num_blocks; ++i) order[i] = i;
+    for (int i = num_blocks - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
+    const size_t size = size_t(num_blocks) * c.kv_heads * c.head_dim * c.block_size;
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    k32.assign(size, nan);
+    v32.assign(size, nan);
+    table.assign(lengths.size() * max_blocks, -1);
+    for (size_t s = 0, next = 0; s < lengths.size(); ++s) {
+      for (int b = 0; b * c.block_size < lengths[s]; ++b) {
+        table[s * max_blocks + b] = order[next++];
+      }
+      for (int t = 0; t < lengths[s]; ++t) store(int(s), t);
+    }
+    if (c.bf16) {
+      for (float x : k32) k16.push_back(x != x ? 0x7fc0 : to_bf16(x));
+      for (float x : v32) v16.push_back(x != x ? 0xffc1 : to_bf16(x));
+      for (auto* side : {&k, &v}) {
+        for (auto& row : *side) {
+          for (float& x : row) x = from_bf16(to_bf16(x));
+        }
+      }
+    }
+  }
+
+  void store(int s, int t) {
+    const int64_t block = table[s * max_blocks + t / c.block_size], offset = t % c.block_size;
+    for (int h = 0; h < c.kv_heads; ++h) {
+      const int64_t base = (block * c.kv_heads + h) * c.head_dim * c.block_size;
+      for (int d = 0; d < c.head_dim; ++d) {
+        const size_t at = (size_t(t) * c.kv_heads + h) * c.head_dim + d;
+        k32[base + int64_t(d) * c.block_size + offset] = k[s][at];
+        v32[base + offset * c.head_dim + d] = v[s][at];
+      }
+    }
+  }
+
+  pyllmlite::AttentionSpec spec() const {
+    pyllmlite::AttentionSpec result;
+    result.num_heads = c.heads;
+    result.kv.dtype = c.bf16 ? PLL_BF16 : PLL_F32;
+    result.kv.num_blocks = num_blocks;
+    result.kv.num_kv_heads = c.kv_heads;
+    result.kv.head_dim = c.head_dim;
+    result.kv.block_size = c.block_size;
+    result.scale = 1.0f / std::sqrt(float(c.head_dim));
+    result.window = c.window;
+    result.softcap = c.softcap;
+    result.alibi_slopes = c.alibi ? slopes.data() : nullptr;
+    return result;
+  }
+
+  // Runs tokens [begin, end) of each listed sequence in one step; returns out, rows packed.
+  struct Span {
+    int seq, begin, end;
+  };
+  std::vector<float> run(const std::vector<Span>& spans, int threads,
+                         std::string* error = nullptr) {
+    std::vector<int32_t> positions, seq_ids, starts{0}, seq_lens, rows;
+    std::vector<float> qkv;
+    const int width = (c.heads + 2 * c.kv_heads) * c.head_dim, out_width = c.heads * c.head_dim;
+    for (const Span& span : spans) {
+      for (int t = span.begin; t < span.end; ++t) {
+        positions.push_back(t);
+        seq_ids.push_back(int(rows.size()));
+        const float* row = q[span.seq].data() + size_t(t) * out_width;
+        qkv.insert(qkv.end(), row, row + out_width);
+        qkv.resize(qkv.size() + width - out_width, 0);
+      }
+      starts.push_back(int(positions.size()));
+      seq_lens.push_back(span.end);
+      rows.push_back(span.seq);
+    }
+    pll_kv_group group{};
+    group.block_size = c.block_size;
+    group.max_blocks = max_blocks;
+    group.block_table = table.data();
+    pll_batch batch{};
+    batch.struct_size = sizeof(batch);
+    batch.num_tokens = int(positions.size());
+    batch.num_seqs = int(rows.size());
+    batch.positions = positions.data();
+    batch.seq_ids = seq_ids.data();
+    batch.query_start_loc = starts.data();
+    batch.seq_lens = seq_lens.data();
+    batch.rows = rows.data();
+    batch.num_kv_groups = 1;
+    batch.kv_groups = &group;
+    std::vector<float> out(size_t(batch.num_tokens) * out_width, -77);
+    const int32_t dtype = c.bf16 ? PLL_BF16 : PLL_F32;
+    const int64_t block = int64_t(c.kv_heads) * c.head_dim * c.block_size;
+    std::vector<pll_tensor> buffers{
+        harness::tensor(qkv, width), harness::tensor(out, out_width),
+        harness::tensor(c.bf16 ? (void*)k16.data() : k32.data(), dtype, num_blocks, block),
+        harness::tensor(c.bf16 ? (void*)v16.data() : v32.data(), dtype, num_blocks, block)};
+    const std::string text =
+        harness::run_op(pyllmlite::make_attention(spec()), batch, buffers, threads);
+    if (error) {
+      *error = text;
+    } else {
+      check(text.empty(), "%s: %s", c.name, text.c_str());
+    }
+    return out;
+  }
+
+  // Largest difference of out from the double-precision reference, for one sequence's rows: all
+  // of a short one's, else every seventh and the last.
+  double difference(int s, int begin, int end, const float* out) const {
+    double worst = 0;
+    const auto sp = spec();
+    for (int t = begin; t < end; ++t, out += c.heads * c.head_dim) {
+      if (end - begin > 40 && t % 7 != 0 && t + 1 != end) continue;
+      for (int h = 0; h < c.heads; ++h) {
+        const float* row = out + h * c.head_dim;
+        const int kvh = h / (c.heads / c.kv_heads);
+        const int first = c.window > 0 ? std::max(0, t - c.window + 1) : 0;
+        std::vector<double> p, y(c.head_dim);
+        double max = -1e300, sum = 0;
+        for (int j = first; j <= t; ++j) {
+          double x = 0;
+          for (int d = 0; d < c.head_dim; ++d) {
+            x += double(q[s][(size_t(t) * c.heads + h) * c.head_dim + d]) *
+                 k[s][(size_t(j) * c.kv_heads + kvh) * c.head_dim + d];
+          }
+          x *= sp.scale;
+          if (c.softcap > 0) x = c.softcap * std::tanh(x / c.softcap);
+          if (c.alibi) x += double(slopes[h]) * (j - t);
+          p.push_back(x);
+          max = std::max(max, x);
+        }
+        for (double& x : p) sum += x = std::exp(x - max);
+        for (int j = first; j <= t; ++j) {
+          for (int d = 0; d < c.head_dim; ++d) {
+            y[d] += p[j - first] / sum * v[s][(size_t(j) * c.kv_heads + kvh) * c.head_dim + d];
+          }
+        }
+        for (int d = 0; d < c.head_dim; ++d) {
+          const double e = std::fabs(y[d] - row[d]);
+          worst = e > worst || e != e ? (e != e ? 1e9 : e) : worst;
+        }
+      }
+    }
+    return worst;
+  }
+};
+
+const Case kCases[] = {
+    {"plain", 4, 4, 64, 16, 0, 0, false, false},
+    {"gqa3", 9, 3, 64, 16, 0, 0, false, false},
+    {"gqa3 bf16", 9, 3, 64, 16, 0, 0, false, true},
+    {"mqa", 10, 1, 32, 32, 0, 0, false, false},
+    {"mqa wide", 40, 1, 16, 16, 0, 0, false, true},
+    {"window", 4, 2, 64, 16, 37, 0, false, false},
+    {"window softcap", 4, 2, 96, 48, 300, 20, false, true},
+    {"window 1", 2, 1, 20, 16, 1, 0, false, false},
+    {"softcap", 4, 1, 80, 16, 0, 5, false, false},
+    {"alibi", 6, 6, 20, 16, 0, 0, true, false},
+    {"alibi bf16", 8, 4, 8, 64, 0, 0, true, true},
+    {"head 128", 8, 2, 128, 16, 0, 0, false, true},
+    {"head 2", 3, 3, 2, 16, 0, 0, false, true},
+    {"one big block", 4, 2, 64, 1024, 0, 0, false, false},
+};
+
+void test_case(const Case& c, const std::string& isa) {
+  World world(c, {700, 1, 17, 256, 257, 33}, 7);
+  const int width = c.heads * c.head_dim;
+  // Every sequence as a whole, in one step.
+  std::vector<World::Span> spans;
+  for (size_t s = 0; s < world.lengths.size(); ++s) spans.push_back({int(s), 0, world.lengths[s]});
+  const std::vector<float> whole = world.run(spans, 1);
+  const float* at = whole.data();
+  std::vector<const float*> base;
+  for (size_t s = 0; s < world.lengths.size(); ++s) {
+    const double e = world.difference(int(s), 0, world.lengths[s], at);
+    check(e < 3e-5, "%s %s: sequence %zu differs by %g", isa.c_str(), c.name, s, e);
+    base.push_back(at);
+    at += size_t(world.lengths[s]) * width;
+  }
+  auto same = [&](const std::vector<World::Span>& some, int threads, const char* how) {
+    const std::vector<float> out = world.run(some, threads);
+    const float* row = out.data();
+    for (const auto& span : some) {
+      const size_t n = size_t(span.end - span.begin) * width;
+      check(harness::same_bits(row, base[span.seq] + size_t(span.begin) * width, n),
+            "%s %s: sequence %d [%d, %d) has other bits: %s", isa.c_str(), c.name, span.seq,
+            span.begin, span.end, how);
+      row += n;
+    }
+  };
+  for (int threads : {2, 3}) same(spans, threads, "threads");
+  for (size_t s = 0; s < world.lengths.size(); ++s) {
+    const int n = world.lengths[s];
+    same({{int(s), 0, n}}, 1, "alone");
+    for (int threads : {1, 2, 5}) same({{int(s), n - 1, n}}, threads, "decode alone");
+  }
+  // Chunked in odd pieces beside others' decode, with several threads.
+  for (int chunk : {1, 5, 16, 100, 255}) {
+    for (int begin = 0; begin < 700; begin += chunk < 16 ? 29 : chunk) {
+      const int end = std::min(700, begin + chunk);
+      same({{3, 255, 256}, {0, begin, end}, {4, 250, 257}, {5, 32, 33}}, 1 + begin % 3, "chunked");
+    }
+  }
+  same({{0, 699, 700}, {1, 0, 1}, {2, 16, 17}, {3, 255, 256}, {4, 256, 257}}, 4, "decode batch");
+}
+
+// NaN in one sequence stays there; one that comes later in a sequence does not reach earlier rows.
+void test_nan(const std::string& isa) {
+  World world({"nan", 6, 2, 64, 16, 0, 0, false, false}, {300, 40, 290}, 3);
+  const int width = 6 * 64;
+  const std::vector<World::Span> spans{{0, 0, 300}, {1, 0, 40}, {2, 0, 290}};
+  const auto clean = world.run(spans, 2);
+  for (float& x : world.k[1]) x = NAN;
+  for (float& x : world.v[1]) x = NAN;
+  for (int t = 0; t < 40; ++t) world.store(1, t);
+  for (int d = 0; d < 128; ++d) world.v[0][250 * 128 + d] = world.k[0][250 * 128 + d] = INFINITY;
+  world.store(0, 250);
+  const auto dirty = world.run(spans, 2);
+  check(harness::same_bits(clean.data(), dirty.data(), 250 * width),
+        "%s: earlier rows feel a later one", isa.c_str());
+  check(std::isnan(dirty[260 * width]), "%s: NaN got lost", isa.c_str());
+  check(std::isnan(dirty[300 * width]), "%s: NaN keys got lost", isa.c_str());
+  check(harness::same_bits(clean.data() + 340 * width, dirty.data() + 340 * width, 290 * width),
+        "%s: a neighbour feels NaN", isa.c_str());
+}
+
+// Blocks behind the window may be gone; a missing one in sight is an error, not a crash.
+void test_missing_blocks(const std::string& isa) {
+  World world({"evicted", 4, 2, 32, 16, 64, 0, false, false}, {400}, 5);
+  const auto whole = world.run({{0, 300, 400}}, 1);
+  for (int b = 0; b < (300 - 63) / 16; ++b) world.table[b] = -1;
+  for (int threads : {1, 3}) {
+    const auto evicted = world.run({{0, 300, 400}}, threads);
+    check(harness::same_bits(whole.data(), evicted.data(), whole.size()),
+          "%s: evicted blocks matter", isa.c_str());
+  }
+  std::string error;
+  world.table[(300 - 63) / 16] = -1;
+  world.run({{0, 300, 400}}, 2, &error);
+  check(error.find("block") != std::string::npos, "%s: a missing block went unseen", isa.c_str());
+  world.max_blocks = 3;
+  world.run({{0, 300, 400}}, 2, &error);
+  check(error.find("block table") != std::string::npos, "%s: a short block table", isa.c_str());
+}
+
+// Scores that are large, and equal.
+void test_extremes(const std::string& isa) {
+  World world({"extremes", 2, 1, 16, 16, 0, 0, false, false}, {530}, 9);
+  for (float& x : world.q[0]) x *= 300;
+  const auto out = world.run({{0, 0, 530}}, 1);
+  const double e = world.difference(0, 0, 530, out.data());
+  check(e < 2e-2, "%s: large scores differ by %g", isa.c_str(), e);
+  for (float& x : world.q[0]) x = 0;
+  const auto mean = world.run({{0, 0, 530}}, 1);
+  check(world.difference(0, 0, 530, mean.data()) < 1e-5, "%s: equal scores", isa.c_str());
+}
+
+}  // namespace
+
+int main() {
+  harness::for_each_isa([](const std::string& isa) {
+    for (const Case& c : kCases) test_case(c, isa);
+    test_nan(isa);
+    test_missing_blocks(isa);
+    test_extremes(isa);
+  });
+  return harness::finish();
+}
