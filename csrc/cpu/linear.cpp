@@ -1,0 +1,391 @@
+// The linear op: how threads share it, the epilogue, the factory (parts: see linear_impl.h).
+//
+// Phase 1 prepares the input rows.  A few rows are prepared by every thread for itself, which
+// costs less than a barrier; many are shared out, each thread's rows standing in its own scratch.
+// Phase 2 hands out tiles of panels by rows.  A tile runs over the columns in blocks, so that a
+// block of its weights stays in cache while all its rows pass.
+
+#include <stdlib.h>
+
+#include <stdexcept>
+
+#include "linear_impl.h"
+
+namespace pyllmlite::PLL_NS {
+namespace {
+
+constexpr int64_t LOCAL_BYTES = 32 * 1024;  // of prepared rows that each thread makes for itself
+constexpr int64_t BLOCK_ROWS = 96;          // a multiple of every MAX_ROWS
+constexpr int64_t TILE_WIDTH = 4;           // panels to a tile
+constexpr int64_t MAX_SEGMENT = 65536;      // 255 * 127 * MAX_SEGMENT fits int32
+
+struct Linear {
+  LinearState state;
+  TileKernel kernels[MAX_ROWS + 1][3];  // 1, TILE_PANELS, WIDE_PANELS panels
+};
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+
+// --- epilogue --------------------------------------------------------------------------------
+
+// erfc(z) for z >= 0 as t e^(-z^2 + P(t)), t = 1 / (1 + z / 2): Press et al., Numerical Recipes
+// in C (1992), section 6.2, fractional error below 1.2e-7.
+vf erfc_positive(vf z) {
+  const vf t = vdiv(vset1(1.0f), vfma(z, vset1(0.5f), vset1(1.0f)));
+  vf p = vset1(0.17087277f);
+  p = vfma(p, t, vset1(-0.82215223f));
+  p = vfma(p, t, vset1(1.48851587f));
+  p = vfma(p, t, vset1(-1.13520398f));
+  p = vfma(p, t, vset1(0.27886807f));
+  p = vfma(p, t, vset1(-0.18628806f));
+  p = vfma(p, t, vset1(0.09678418f));
+  p = vfma(p, t, vset1(0.37409196f));
+  p = vfma(p, t, vset1(1.00002368f));
+  p = vfma(p, t, vset1(-1.26551223f));
+  return vmul(t, vexp(vfma(vsub(vzero(), z), z, p)));
+}
+
+vf activate(vf x, Activation kind) {
+  switch (kind) {
+    case Activation::NONE:
+      return x;
+    case Activation::SILU:
+      return vdiv(x, vadd(vset1(1.0f), vexp(vsub(vzero(), x))));
+    case Activation::GELU: {  // x Phi(x), Phi(-|x|) = erfc(|x| / sqrt 2) / 2
+      const vf tail = vmul(vset1(0.5f), erfc_positive(vmul(vabs(x), vset1(0.70710678f))));
+      const vf body = vsub(vset1(1.0f), tail);
+      return vmul(x, vselect_gt(x, vzero(), body, tail));
+    }
+    case Activation::GELU_TANH: {
+      const vf cube = vmul(vmul(x, x), x);
+      const vf inner = vmul(vset1(0.797884561f), vfma(vset1(0.044715f), cube, x));
+      return vmul(vmul(vset1(0.5f), x), vadd(vset1(1.0f), vtanh(inner)));
+    }
+    case Activation::RELU:
+      return vmax(vzero(), x);  // NaN stays
+  }
+  return x;
+}
+
+// Scale, bias and softcap of panel lanes whose first weight row (before gating) is `column`.
+vf finish(const LinearSpec& spec, const float* acc, int64_t column, int64_t count) {
+  vf v = vload(acc);
+  if (spec.output_scale != 1.0f) v = vmul(v, vset1(spec.output_scale));
+  if (spec.bias) v = vadd(v, vload_n(spec.bias + column, count));
+  if (spec.softcap > 0) {
+    v = vmul(vset1(spec.softcap), vtanh(vdiv(v, vset1(spec.softcap))));
+  }
+  return v;
+}
+
+// One row of a tile: `panels` accumulators of 16 from panel `first`, to the output row.
+void write_row(const LinearSpec& spec, const float* acc, int64_t first, int64_t panels,
+               float* out) {
+  const int64_t step = spec.gated ? 2 : 1;
+  const int64_t columns = spec.weight.n / step;
+  for (int64_t p = 0; p < panels; p += step) {
+    const int64_t column = (first + p) / step * 16;
+    const int64_t count = at_most(16, columns - column);
+    vf v = activate(finish(spec, acc + p * 16, column, count), spec.activation);
+    if (spec.gated) {
+      v = vmul(v, finish(spec, acc + p * 16 + 16, columns + column, count));
+    }
+    float* to = out + column;
+    if (spec.residual) v = vadd(vload_n(to, count), v);
+    if (count == 16) {
+      vstore(to, v);
+    } else {
+      vstore_n(to, v, count);
+    }
+  }
+}
+
+// --- tiles -----------------------------------------------------------------------------------
+
+void run_tile(const Linear& op, const uint8_t* rows, int64_t num_rows, int64_t first,
+              int64_t panels, float* acc) {
+  const LinearState& s = op.state;
+  const PackedLinear& weight = s.spec.weight;
+  constexpr int64_t STRIDE = TILE_WIDTH * 16;
+  memset(acc, 0, static_cast<size_t>(num_rows * STRIDE) * sizeof(float));
+  const int64_t groups = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t size = num_rows / groups, larger = num_rows % groups;
+  const int64_t k_block = groups > 1 ? s.k_block : s.row.k;
+  TileArgs args;
+  args.panel_bytes = s.panel_bytes;
+  args.panel_scales = s.panel_scales;
+  args.row = &s.row;
+  args.acc_stride = STRIDE;
+  for (int64_t k = 0; k < s.row.k; k += k_block) {
+    args.k0 = k;
+    args.k1 = at_most(k + k_block, s.row.k);
+    for (int64_t p = 0; p < panels;) {
+      const int64_t left = panels - p;
+      const int kind = num_rows <= WIDE_ROWS && left >= WIDE_PANELS ? 2 : left >= TILE_PANELS;
+      args.weight = static_cast<const uint8_t*>(weight.data) + (first + p) * s.panel_bytes;
+      args.scales = weight.scales + (first + p) * s.panel_scales;
+      args.mins = weight.mins ? weight.mins + (first + p) * s.panel_scales : nullptr;
+      int64_t row = 0;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t count = size + (g < larger);
+        args.rows = rows + row * s.row.bytes;
+        args.acc = acc + row * STRIDE + p * 16;
+        op.kernels[count][kind](args);
+        row += count;
+      }
+      p += kind == 2 ? WIDE_PANELS : kind == 1 ? TILE_PANELS : 1;
+    }
+  }
+}
+
+bool overlap(const pll_tensor& a, const pll_tensor& b, int64_t rows) {
+  const char* a0 = static_cast<const char*>(a.data);
+  const char* b0 = static_cast<const char*>(b.data);
+  const int64_t a_size = rows * a.stride[0] * 4, b_size = rows * b.stride[0] * 4;
+  return a0 < b0 + b_size && b0 < a0 + a_size;
+}
+
+const float* input_row(const LinearSpec& spec, const pll_batch* batch, const pll_tensor& x,
+                       int64_t row) {
+  const int64_t from = spec.logit_rows ? batch->logit_rows[row] : row;
+  return static_cast<const float*>(x.data) + from * x.stride[0];
+}
+
+void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers, int32_t,
+                const pll_context* ctx) {
+  const Linear& op = *static_cast<const Linear*>(pointer);
+  const LinearState& s = op.state;
+  const pll_tensor& x = buffers[0];
+  const pll_tensor& out = buffers[1];
+  const int64_t rows = s.spec.logit_rows ? batch->num_logit_rows : batch->num_tokens;
+  const int32_t threads = ctx->num_threads;
+  if (rows <= 0) return;
+  uint8_t* scratch = static_cast<uint8_t*>(ctx->scratch);
+  uint8_t* own_rows = scratch + s.rows_at;
+  float* temp = reinterpret_cast<float*>(scratch);
+  float* acc = reinterpret_cast<float*>(scratch + s.acc_at);
+
+  const bool local =
+      rows * s.row.bytes <= LOCAL_BYTES && (threads == 1 || !overlap(x, out, batch->num_tokens));
+  const int64_t slice = local ? rows : round_up((rows + threads - 1) / threads, MAX_ROWS);
+  if (!local && (slice > s.slice_rows || threads > s.num_slices)) {
+    ctx->fail(ctx, "linear: more rows or threads than the Program was finished for");
+    return;
+  }
+  const int64_t begin = local ? 0 : at_most(ctx->thread * slice, rows);
+  const int64_t end = at_most(begin + slice, rows);
+  for (int64_t r = begin; r < end; ++r) {
+    prepare_row(s, input_row(s.spec, batch, x, r), temp, own_rows + (r - begin) * s.row.bytes);
+  }
+  const uint8_t* const* slices = s.slices;
+  const uint8_t* own = own_rows;
+  if (local) {
+    slices = &own;
+  } else {
+    s.slices[ctx->thread] = own_rows;
+    if (threads > 1) ctx->barrier(ctx);
+  }
+
+  // Row blocks lie within slices, all of one size but the last of each.
+  const int64_t num_slices = (rows + slice - 1) / slice;
+  const int64_t blocks = (slice + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int64_t block = round_up((slice + blocks - 1) / blocks, MAX_ROWS);
+  const int64_t row_tiles = num_slices * blocks;
+  const int64_t narrowest = s.spec.gated ? 2 : 1;
+  int64_t width = TILE_WIDTH;
+  while (width > narrowest && (s.num_panels + width - 1) / width * row_tiles < 4 * threads) {
+    width /= 2;
+  }
+  const int64_t tiles = (s.num_panels + width - 1) / width * row_tiles;
+  const int64_t chunk = 1 + tiles / (threads * 16);
+  for (;;) {
+    const int64_t from = ctx->fetch_add(ctx, 0, chunk);
+    if (from >= tiles) break;
+    const int64_t to = at_most(from + chunk, tiles);
+    for (int64_t tile = from; tile < to; ++tile) {
+      const int64_t first = tile / row_tiles * width;
+      const int64_t panels = at_most(width, s.num_panels - first);
+      const int64_t which = tile % row_tiles / blocks;
+      const int64_t in_slice = tile % row_tiles % blocks * block;
+      const int64_t row = which * slice + in_slice;
+      const int64_t count = at_most(at_most(block, slice - in_slice), rows - row);
+      if (count <= 0) continue;
+      run_tile(op, slices[which] + in_slice * s.row.bytes, count, first, panels, acc);
+      for (int64_t r = 0; r < count; ++r) {
+        write_row(s.spec, acc + r * TILE_WIDTH * 16, first, panels,
+                  static_cast<float*>(out.data) + (row + r) * out.stride[0]);
+      }
+    }
+  }
+}
+
+size_t linear_scratch(void* pointer, int32_t max_num_tokens, int32_t num_threads) {
+  LinearState& s = static_cast<Linear*>(pointer)->state;
+  free(s.slices);
+  s.slices = static_cast<const uint8_t**>(calloc(static_cast<size_t>(num_threads), sizeof(void*)));
+  s.num_slices = s.slices ? num_threads : 0;
+  s.slice_rows = round_up((max_num_tokens + num_threads - 1) / num_threads, MAX_ROWS);
+  const int64_t bytes = s.slice_rows * s.row.bytes;
+  return static_cast<size_t>(s.rows_at + (bytes > LOCAL_BYTES ? bytes : LOCAL_BYTES));
+}
+
+void destroy_linear(void* pointer) {
+  if (!pointer) return;
+  free(static_cast<Linear*>(pointer)->state.slices);
+  free(pointer);
+}
+
+// --- factory ---------------------------------------------------------------------------------
+
+// The segment: the smaller of the weight's and the activation's group, cut to at most `limit`
+// columns where it can be.  0 where the two do not fit each other.
+int64_t segment_of(int64_t k, int64_t weight_group, int64_t activation_group, int64_t limit) {
+  const bool whole_weight = weight_group >= k, whole_activation = activation_group >= k;
+  int64_t segment;
+  if (whole_weight || whole_activation) {
+    if (whole_weight && whole_activation) return at_most(limit, k);
+    segment = whole_weight ? activation_group : weight_group;
+  } else {
+    segment = at_most(weight_group, activation_group);
+    if (weight_group % segment != 0 || activation_group % segment != 0) return 0;
+  }
+  for (int64_t parts = 1; segment / parts >= 32; ++parts) {
+    if (segment % parts == 0 && segment / parts <= limit && segment / parts % 8 == 0) {
+      return segment / parts;
+    }
+  }
+  return segment <= MAX_SEGMENT ? segment : 0;
+}
+
+int64_t value_bytes(RowType type) {
+  switch (type) {
+    case RowType::F32: return 4;
+    case RowType::BF16: return PLL_ISA >= PLL_ISA_AVX512_BF16 ? 2 : 4;
+    case RowType::INT8: return 1;
+  }
+  return 4;
+}
+
+void set_layout(LinearState* s) {
+  const LinearSpec& spec = s->spec;
+  const PackedLinear& w = spec.weight;
+  const int64_t k = w.k;
+  const bool quantized = w.format == WeightFormat::INT8 || w.format == WeightFormat::INT4;
+  const int64_t half = spec.gated ? w.n / 2 : w.n;
+  s->num_panels = (half + 15) / 16 * (spec.gated ? 2 : 1);
+  RowLayout& row = s->row;
+  row.k = k;
+  row.segment = k;
+  row.num_segments = 0;
+  row.segments_per_group = row.segments_per_activation_group = 1;
+  row.type = RowType::F32;
+  s->panel_scales = 0;
+  switch (w.format) {
+    case WeightFormat::F32:
+      s->panel_bytes = k * 64;
+      s->k_block = 256;
+      break;
+    case WeightFormat::BF16:
+      row.type = RowType::BF16;
+      s->panel_bytes = (k + 1) / 2 * 64;
+      s->k_block = 512;
+      break;
+    case WeightFormat::INT8:
+      s->panel_bytes = (k + 3) / 4 * 64;
+      s->k_block = 1024;
+      break;
+    case WeightFormat::INT4:
+      s->panel_bytes = (k + 7) / 8 * 64;
+      s->k_block = 1024;
+      break;
+  }
+  if (quantized) {
+    const int64_t group = w.group_size == 0 || w.group_size >= k ? k : w.group_size;
+    s->panel_scales = (k + group - 1) / group * 16;
+    int64_t activation = k;
+    if (spec.int8_activations) {
+      row.type = RowType::INT8;
+      activation = spec.activation_group != 0 ? spec.activation_group : group < k ? group : 64;
+      if (activation < k && activation % 8 != 0 && activation != group) {
+        throw std::invalid_argument("linear: activation_group must be a multiple of 8");
+      }
+    }
+    row.segment = segment_of(k, group, activation, spec.int8_activations ? 1024 : 256);
+    if (row.segment == 0) {
+      throw std::invalid_argument(
+          "linear: of activation_group and the weight's group_size one must divide the other");
+    }
+    row.num_segments = (k + row.segment - 1) / row.segment;
+    row.segments_per_group = group < k ? group / row.segment : row.num_segments;
+    row.segments_per_activation_group =
+        activation < k ? activation / row.segment : row.num_segments;
+    const int64_t target = spec.int8_activations ? 1024 : 256;
+    s->k_block = row.segment * (row.segment < target ? target / row.segment : 1);
+  }
+  const int64_t arrays = row.num_segments * 4;
+  row.scale_at = round_up((k + 16) * value_bytes(row.type), 64);
+  row.code_sum_at = row.scale_at + (row.type == RowType::INT8 ? arrays : 0);
+  row.sum_at = row.code_sum_at + (row.type == RowType::INT8 ? arrays : 0);
+  row.bytes = round_up(row.sum_at + arrays, 64);
+  if (row.bytes % 128 == 0) row.bytes += 64;
+  s->acc_at = round_up(2 * ((k + 31) / 16 * 16) * 4, 64);
+  s->rows_at = s->acc_at + BLOCK_ROWS * TILE_WIDTH * 16 * 4;
+}
+
+void check(const LinearSpec& spec) {
+  const PackedLinear& w = spec.weight;
+  if (w.n <= 0 || w.k <= 0 || !w.data) throw std::invalid_argument("linear: empty weight");
+  if (spec.gated && w.n % 2 != 0) {
+    throw std::invalid_argument("linear: gated needs an even number of weight rows");
+  }
+  const bool quantized = w.format == WeightFormat::INT8 || w.format == WeightFormat::INT4;
+  if (quantized && !w.scales) throw std::invalid_argument("linear: int8 and int4 need scales");
+  const int64_t unit = w.format == WeightFormat::INT4 ? 8 : 4;
+  if (quantized && (w.group_size < 0 || (w.group_size < w.k && w.group_size % unit != 0))) {
+    throw std::invalid_argument(
+        "linear: group_size must be a multiple of 8 (int4) or 4 (int8), or 0");
+  }
+  if (spec.activation_group < 0) {
+    throw std::invalid_argument("linear: activation_group must not be negative");
+  }
+  if (spec.int8_activations && !quantized) {
+    throw std::invalid_argument("linear: int8 activations need an int8 or int4 weight");
+  }
+}
+
+}  // namespace
+
+pll_op make_linear(const LinearSpec& spec) {
+  check(spec);
+  Linear* linear = static_cast<Linear*>(calloc(1, sizeof(Linear)));
+  if (!linear) throw std::runtime_error("linear: out of memory");
+  linear->state.spec = spec;
+  try {
+    set_layout(&linear->state);
+  } catch (...) {
+    free(linear);
+    throw;
+  }
+  const WeightFormat format = spec.weight.format;
+  const bool quantized = format == WeightFormat::INT8 || format == WeightFormat::INT4;
+  const int panels[3] = {1, TILE_PANELS, WIDE_PANELS};
+  for (int rows = 1; rows <= MAX_ROWS; ++rows) {
+    for (int i = 0; i < 3; ++i) {
+      linear->kernels[rows][i] =
+          quantized ? quant_kernel(format, linear->state.row.type, rows, panels[i])
+                    : float_kernel(format, rows, panels[i]);
+    }
+  }
+  pll_op op{};
+  op.abi_version = PLL_ABI_VERSION;
+  op.struct_size = sizeof(pll_op);
+  op.name = "linear";
+  op.state = linear;
+  op.scratch_bytes = linear_scratch;
+  op.run = run_linear;
+  op.destroy = destroy_linear;
+  return op;
+}
+
+}  // namespace pyllmlite::PLL_NS

@@ -1,0 +1,108 @@
+// What the parts of the linear op share: the prepared activation rows and the tile kernels.
+//
+// linear.cpp        the op: sharing of work, epilogue, factory
+// linear_rows.cpp   phase 1: an input row normed, scaled, permuted and converted ("record")
+// linear_float.cpp  tile kernels of F32 and BF16 weights
+// linear_quant.cpp  tile kernels of INT8 and INT4 weights
+//
+// Every output element is one chain of operations over ascending columns (of groups, for the
+// quantized formats), lanes running over weight rows: its bits depend on neither the number of
+// rows, nor the tile, nor the thread.
+#ifndef PYLLMLITE_CPU_LINEAR_IMPL_H
+#define PYLLMLITE_CPU_LINEAR_IMPL_H
+
+#include "simd.h"
+
+namespace pyllmlite::PLL_NS {
+
+enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
+
+// A prepared row: its k values (F32: float; BF16: bf16, or rounded to it but kept as float where
+// the machine has no bf16 dot product; INT8: codes), zeros behind them, then
+// per segment a scale (f32, INT8 only), the sum of its codes (i32, INT8 only) and the sum of its
+// values (f32).  A segment is the run of columns whose dot product is scaled at once; it divides
+// the weight's group and the activation group.
+struct RowLayout {
+  RowType type;
+  int64_t k;
+  int64_t segment;  // columns; k where the format has no groups
+  int64_t num_segments;
+  int64_t segments_per_group;             // of the weight
+  int64_t segments_per_activation_group;  // INT8 rows
+  int64_t scale_at;                       // bytes from the row's start
+  int64_t code_sum_at;
+  int64_t sum_at;
+  int64_t bytes;  // an odd multiple of 64, so that rows do not fall on the same cache sets
+};
+
+struct LinearState {
+  LinearSpec spec;
+  RowLayout row;
+  int64_t num_panels;
+  int64_t panel_bytes;
+  int64_t panel_scales;  // elements of scales, and of mins, per panel
+  int64_t k_block;       // columns per pass over a tile
+  int64_t slice_rows;    // prepared rows that fit a thread's scratch
+  int64_t acc_at, rows_at;  // bytes from the scratch's start
+  const uint8_t** slices;   // [threads] where each thread's rows stand
+  int32_t num_slices;
+};
+
+// Writes the record of input row x.  temp: 2 * round_up(k + 16, 16) floats.
+void prepare_row(const LinearState& state, const float* x, float* temp, uint8_t* record);
+
+// acc[r][p * 16 + lane] += the dot products of columns [k0, k1), both on segment boundaries.
+struct TileArgs {
+  const uint8_t* weight;  // first panel
+  int64_t panel_bytes;
+  const uint16_t* scales;  // first panel
+  const uint16_t* mins;
+  int64_t panel_scales;
+  const RowLayout* row;
+  const uint8_t* rows;  // first record
+  int64_t k0, k1;
+  float* acc;
+  int64_t acc_stride;
+};
+typedef void (*TileKernel)(const TileArgs&);
+
+// The register tile: up to MAX_ROWS rows by TILE_PANELS panels, or WIDE_PANELS panels for up to
+// WIDE_ROWS rows, where weights stream from memory and several panels in flight hide latency.
+#if PLL_ISA >= PLL_ISA_AVX512
+static constexpr int MAX_ROWS = 12, TILE_PANELS = 2, WIDE_ROWS = 3, WIDE_PANELS = 4;
+#elif PLL_ISA == PLL_ISA_AVX2
+static constexpr int MAX_ROWS = 6, TILE_PANELS = 1, WIDE_ROWS = 1, WIDE_PANELS = 4;
+#else
+static constexpr int MAX_ROWS = 2, TILE_PANELS = 1, WIDE_ROWS = 0, WIDE_PANELS = 1;
+#endif
+
+// panels: 1, TILE_PANELS, or WIDE_PANELS where rows <= WIDE_ROWS.
+TileKernel float_kernel(WeightFormat format, int rows, int panels);
+TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels);
+
+// Table of Kernel<ROWS, PANELS>::run for rows 1..MAX_ROWS, for the factories above.
+template <template <int, int> class Kernel, int ROWS = MAX_ROWS>
+struct KernelTable {
+  static TileKernel find(int rows, int panels) {
+    if (rows != ROWS) return KernelTable<Kernel, ROWS - 1>::find(rows, panels);
+    if constexpr (ROWS <= WIDE_ROWS) {
+      if (panels == WIDE_PANELS) return Kernel<ROWS, WIDE_PANELS>::run;
+    }
+    if constexpr (TILE_PANELS > 1) {
+      if (panels == TILE_PANELS) return Kernel<ROWS, TILE_PANELS>::run;
+    }
+    return Kernel<ROWS, 1>::run;
+  }
+};
+template <template <int, int> class Kernel>
+struct KernelTable<Kernel, 0> {
+  static TileKernel find(int, int) { return nullptr; }
+};
+
+PLL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace pyllmlite::PLL_NS
+
+#define PLL_UNROLL _Pragma("GCC unroll 16")
+
+#endif

@@ -1,0 +1,215 @@
+// Tile kernels for INT8 and INT4 weights, with int8 rows (exact integer dot products) or float
+// rows (codes turned to floats in registers).
+//
+// Both sum a segment first, then add it to the output with one multiply-add by the group's scale
+// (and one by its minimum and the segment's sum of inputs), segments ascending.
+
+#include "linear_impl.h"
+#include "simd_int.h"
+
+namespace pyllmlite::PLL_NS {
+namespace {
+
+constexpr int64_t AHEAD = 1024;  // bytes of weights asked for early, where few rows reuse them
+
+struct Segment {
+  int64_t index;
+  int64_t k0, k1;
+  int64_t group;
+};
+
+// Calls body(segment) for the segments of [k0, k1).
+template <class Body>
+inline __attribute__((always_inline)) void each_segment(const TileArgs& a, Body body) {
+  const RowLayout& row = *a.row;
+  int64_t s = a.k0 / row.segment;
+  int64_t group = s / row.segments_per_group;
+  int64_t left = row.segments_per_group - s % row.segments_per_group;
+  for (int64_t k = a.k0; k < a.k1; k += row.segment, ++s) {
+    const int64_t end = k + row.segment < row.k ? k + row.segment : row.k;
+    body(Segment{s, k, end, group});
+    if (--left == 0) {
+      ++group;
+      left = row.segments_per_group;
+    }
+  }
+}
+
+// acc += scale * part (+ min * sum), part already times the row's own scale.
+template <int ROWS, int PANELS>
+inline __attribute__((always_inline)) void add_segment(const TileArgs& a, const Segment& s,
+                                                       const vf (&part)[ROWS][PANELS],
+                                                       const float* row_scale,
+                                                       const float* row_sum) {
+  PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
+    const int64_t at = p * a.panel_scales + s.group * 16;
+    const vf scale = vload_f16(a.scales + at);
+    if (a.mins) {
+      const vf min = vload_f16(a.mins + at);
+      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+        float* to = a.acc + r * a.acc_stride + p * 16;
+        const vf factor = row_scale ? vmul(scale, vset1(row_scale[r])) : scale;
+        vstore(to, vfma(min, vset1(row_sum[r]), vfma(part[r][p], factor, vload(to))));
+      }
+    } else {
+      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+        float* to = a.acc + r * a.acc_stride + p * 16;
+        const vf factor = row_scale ? vmul(scale, vset1(row_scale[r])) : scale;
+        vstore(to, vfma(part[r][p], factor, vload(to)));
+      }
+    }
+  }
+}
+
+template <int ROWS, int PANELS, bool INT4>
+struct IntKernel {
+  static void run(const TileArgs& a) {
+    const RowLayout& row = *a.row;
+    const uint8_t* w[PANELS];
+    PLL_UNROLL for (int p = 0; p < PANELS; ++p) w[p] = a.weight + p * a.panel_bytes;
+    const uint8_t* x[ROWS];
+    PLL_UNROLL for (int r = 0; r < ROWS; ++r) x[r] = a.rows + r * row.bytes;
+    const int32_t offset = INT4 ? (a.mins ? 0 : 8) : I8_OFFSET;
+    each_segment(a, [&](const Segment& s) {
+      vi sum[ROWS][PANELS];
+      float row_scale[ROWS], row_sum[ROWS];
+      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+        int32_t codes;
+        memcpy(&codes, x[r] + row.code_sum_at + 4 * s.index, 4);
+        memcpy(&row_scale[r], x[r] + row.scale_at + 4 * s.index, 4);
+        memcpy(&row_sum[r], x[r] + row.sum_at + 4 * s.index, 4);
+        PLL_UNROLL for (int p = 0; p < PANELS; ++p) sum[r][p] = vi_set1(-offset * codes);
+      }
+      // 64 bytes hold 4 columns of a panel (INT8) or 8 (INT4).
+      constexpr int64_t STEP = INT4 ? 8 : 4;
+      for (int64_t k = s.k0; k < s.k1; k += STEP) {
+        vi low[PANELS], high[PANELS];
+        PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
+          const uint8_t* from = w[p] + k * (64 / STEP);
+          const vi raw = vi_load(from);
+          if (ROWS <= 3) prefetch(from + AHEAD);
+          low[p] = INT4 ? u4_low(raw) : i8_prepare(raw);
+          if (INT4) high[p] = u4_high(raw);
+        }
+        PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+          int32_t four;
+          memcpy(&four, x[r] + k, 4);
+          const vi value = vi_set1(four);
+          PLL_UNROLL for (int p = 0; p < PANELS; ++p)
+              sum[r][p] = INT4 ? u4_dot(sum[r][p], low[p], value) : i8_dot(sum[r][p], low[p], value);
+        }
+        if (INT4) {
+          PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+            int32_t four;
+            memcpy(&four, x[r] + k + 4, 4);
+            const vi value = vi_set1(four);
+            PLL_UNROLL for (int p = 0; p < PANELS; ++p)
+                sum[r][p] = u4_dot(sum[r][p], high[p], value);
+          }
+        }
+      }
+      vf part[ROWS][PANELS];
+      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+        PLL_UNROLL for (int p = 0; p < PANELS; ++p) part[r][p] = vi_to_vf(sum[r][p]);
+      }
+      add_segment<ROWS, PANELS>(a, s, part, row_scale, row_sum);
+    });
+  }
+};
+
+// part[r][p] += x[r][k] * code for one column.
+template <int ROWS, int PANELS>
+inline __attribute__((always_inline)) void add_column(vf (&part)[ROWS][PANELS],
+                                                      const vf (&code)[PANELS],
+                                                      const float* const (&x)[ROWS], int64_t k) {
+  PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+    const vf value = vset1(x[r][k]);
+    PLL_UNROLL for (int p = 0; p < PANELS; ++p) part[r][p] = vfma(value, code[p], part[r][p]);
+  }
+}
+
+template <int ROWS, int PANELS, bool INT4, bool SIGNED>
+inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
+  const RowLayout& row = *a.row;
+  const uint8_t* w[PANELS];
+  PLL_UNROLL for (int p = 0; p < PANELS; ++p) w[p] = a.weight + p * a.panel_bytes;
+  const float* x[ROWS];
+  PLL_UNROLL for (int r = 0; r < ROWS; ++r)
+      x[r] = reinterpret_cast<const float*>(a.rows + r * row.bytes);
+  each_segment(a, [&](const Segment& s) {
+    vf part[ROWS][PANELS];
+    PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+      PLL_UNROLL for (int p = 0; p < PANELS; ++p) part[r][p] = vzero();
+    }
+    constexpr int64_t STEP = INT4 ? 8 : 4;
+    for (int64_t k = s.k0; k < s.k1; k += STEP) {
+      vi raw[PANELS];
+      vf code[PANELS];
+      PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
+        const uint8_t* from = w[p] + k * (64 / STEP);
+        raw[p] = vi_load(from);
+        if (ROWS <= 3) prefetch(from + AHEAD);
+      }
+#define PLL_COLUMN(j, decode)                                        \
+  PLL_UNROLL for (int p = 0; p < PANELS; ++p) code[p] = decode(raw[p]); \
+  add_column<ROWS, PANELS>(part, code, x, k + (j))
+      if constexpr (INT4) {
+        PLL_COLUMN(0, (u4_decode<0, SIGNED>));
+        PLL_COLUMN(1, (u4_decode<8, SIGNED>));
+        PLL_COLUMN(2, (u4_decode<16, SIGNED>));
+        PLL_COLUMN(3, (u4_decode<24, SIGNED>));
+        PLL_COLUMN(4, (u4_decode<4, SIGNED>));
+        PLL_COLUMN(5, (u4_decode<12, SIGNED>));
+        PLL_COLUMN(6, (u4_decode<20, SIGNED>));
+        PLL_COLUMN(7, (u4_decode<28, SIGNED>));
+      } else {
+        PLL_COLUMN(0, (i8_decode<0>));
+        PLL_COLUMN(1, (i8_decode<1>));
+        PLL_COLUMN(2, (i8_decode<2>));
+        PLL_COLUMN(3, (i8_decode<3>));
+      }
+#undef PLL_COLUMN
+    }
+    float row_sum[ROWS];
+    PLL_UNROLL for (int r = 0; r < ROWS; ++r)
+        memcpy(&row_sum[r], a.rows + r * row.bytes + row.sum_at + 4 * s.index, 4);
+    add_segment<ROWS, PANELS>(a, s, part, nullptr, row_sum);
+  });
+}
+
+template <int ROWS, int PANELS>
+struct Int8IntRows {
+  static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, false>::run(a); }
+};
+template <int ROWS, int PANELS>
+struct Int4IntRows {
+  static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, true>::run(a); }
+};
+template <int ROWS, int PANELS>
+struct Int8FloatRows {
+  static void run(const TileArgs& a) { run_float_rows<ROWS, PANELS, false, true>(a); }
+};
+template <int ROWS, int PANELS>
+struct Int4FloatRows {
+  static void run(const TileArgs& a) {
+    if (a.mins) {
+      run_float_rows<ROWS, PANELS, true, false>(a);
+    } else {
+      run_float_rows<ROWS, PANELS, true, true>(a);
+    }
+  }
+};
+
+}  // namespace
+
+TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels) {
+  const bool int4 = format == WeightFormat::INT4;
+  if (type == RowType::INT8) {
+    return int4 ? KernelTable<Int4IntRows>::find(rows, panels)
+                : KernelTable<Int8IntRows>::find(rows, panels);
+  }
+  return int4 ? KernelTable<Int4FloatRows>::find(rows, panels)
+              : KernelTable<Int8FloatRows>::find(rows, panels);
+}
+
+}  // namespace pyllmlite::PLL_NS

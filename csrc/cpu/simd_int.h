@@ -1,0 +1,163 @@
+// A vector of 16 int32, `vi`, and the dot products of 8-bit codes that the packed formats need.
+//
+// A weight vector is 64 bytes: lane r holds four consecutive codes of panel row r.  All sums are
+// exact integers, so that every instruction set gives the same bits.
+#ifndef PYLLMLITE_CPU_SIMD_INT_H
+#define PYLLMLITE_CPU_SIMD_INT_H
+
+#include "simd.h"
+
+namespace pyllmlite::PLL_NS {
+
+#if PLL_ISA >= PLL_ISA_AVX512
+struct vi {
+  __m512i v;
+};
+
+PLL_INLINE vi vi_set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+PLL_INLINE vi vi_load(const void* p) { return {_mm512_loadu_si512(p)}; }
+PLL_INLINE vf vi_to_vf(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// What int8 codes are added to before they are multiplied: VPDPBUSD wants them unsigned.
+static constexpr int32_t I8_OFFSET = 128;
+PLL_INLINE vi i8_prepare(vi w) { return {_mm512_xor_si512(w.v, _mm512_set1_epi8((char)0x80))}; }
+PLL_INLINE vi i8_dot(vi sum, vi w, vi x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
+PLL_INLINE vi u4_low(vi w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
+PLL_INLINE vi u4_high(vi w) {
+  return {_mm512_and_si512(_mm512_srli_epi32(w.v, 4), _mm512_set1_epi8(15))};
+}
+PLL_INLINE vi u4_dot(vi sum, vi w, vi x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
+
+// Byte BYTE of every lane as a signed number.
+template <int BYTE>
+PLL_INLINE vf i8_decode(vi w) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w.v, 24 - 8 * BYTE), 24))};
+}
+// The nibble at bit SHIFT of every lane, minus 8 where it is SIGNED.
+template <int SHIFT, bool SIGNED>
+PLL_INLINE vf u4_decode(vi w) {
+  const __m512 table =
+      SIGNED ? _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
+             : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, SHIFT), table)};
+}
+// Integral floats in [-127, 127] to 16 bytes.
+PLL_INLINE void vstore_i8(int8_t* p, vf a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+#elif PLL_ISA == PLL_ISA_AVX2
+struct vi {
+  __m256i lo, hi;
+};
+
+PLL_INLINE vi vi_set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+PLL_INLINE vi vi_load(const void* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+PLL_INLINE vf vi_to_vf(vi a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+
+static constexpr int32_t I8_OFFSET = 0;
+PLL_INLINE vi i8_prepare(vi w) { return w; }
+PLL_INLINE __m256i madd_u8(__m256i sum, __m256i u, __m256i s) {
+  const __m256i pairs = _mm256_maddubs_epi16(u, s);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+// |w| <= 128 times |x| <= 127: a pair's sum is at most 32512, VPMADDUBSW does not saturate.
+PLL_INLINE vi i8_dot(vi sum, vi w, vi x) {
+  return {madd_u8(sum.lo, _mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
+          madd_u8(sum.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
+}
+PLL_INLINE vi u4_low(vi w) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(w.lo, mask), _mm256_and_si256(w.hi, mask)};
+}
+PLL_INLINE vi u4_high(vi w) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(_mm256_srli_epi32(w.lo, 4), mask),
+          _mm256_and_si256(_mm256_srli_epi32(w.hi, 4), mask)};
+}
+PLL_INLINE vi u4_dot(vi sum, vi w, vi x) {
+  return {madd_u8(sum.lo, w.lo, x.lo), madd_u8(sum.hi, w.hi, x.hi)};
+}
+
+template <int BYTE>
+PLL_INLINE vf i8_decode(vi w) {
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(w.lo, 24 - 8 * BYTE), 24)),
+          _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(w.hi, 24 - 8 * BYTE), 24))};
+}
+template <int SHIFT, bool SIGNED>
+PLL_INLINE __m256 u4_decode_half(__m256i w) {
+  const __m256i code = _mm256_and_si256(_mm256_srli_epi32(w, SHIFT), _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(SIGNED ? _mm256_sub_epi32(code, _mm256_set1_epi32(8)) : code);
+}
+template <int SHIFT, bool SIGNED>
+PLL_INLINE vf u4_decode(vi w) {
+  return {u4_decode_half<SHIFT, SIGNED>(w.lo), u4_decode_half<SHIFT, SIGNED>(w.hi)};
+}
+PLL_INLINE void vstore_i8(int8_t* p, vf a) {
+  // Packing works within 128-bit halves: words 0-3 8-11 4-7 12-15, put right at the end.
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+  const __m256i order = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m256i bytes = _mm256_packs_epi16(order, order);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(bytes, 0xd8)));
+}
+
+#else
+struct vi {
+  int32_t v[16];
+};
+
+PLL_INLINE vi vi_set1(int32_t x) {
+  vi r;
+  PLL_EACH r.v[i] = x;
+  return r;
+}
+PLL_INLINE vi vi_load(const void* p) {
+  vi r;
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+PLL_INLINE vf vi_to_vf(vi a) {
+  vf r;
+  PLL_EACH r.v[i] = (float)a.v[i];
+  return r;
+}
+
+static constexpr int32_t I8_OFFSET = 0;
+PLL_INLINE vi i8_prepare(vi w) { return w; }
+PLL_INLINE int32_t byte_of(int32_t x, int j) { return (int32_t)(int8_t)((uint32_t)x >> (8 * j)); }
+PLL_INLINE vi i8_dot(vi sum, vi w, vi x) {
+  for (int j = 0; j < 4; ++j) {
+    PLL_EACH sum.v[i] += byte_of(w.v[i], j) * byte_of(x.v[i], j);
+  }
+  return sum;
+}
+PLL_INLINE vi u4_low(vi w) {
+  PLL_EACH w.v[i] = w.v[i] & 0x0f0f0f0f;
+  return w;
+}
+PLL_INLINE vi u4_high(vi w) {
+  PLL_EACH w.v[i] = (w.v[i] >> 4) & 0x0f0f0f0f;
+  return w;
+}
+PLL_INLINE vi u4_dot(vi sum, vi w, vi x) { return i8_dot(sum, w, x); }
+
+template <int BYTE>
+PLL_INLINE vf i8_decode(vi w) {
+  vf r;
+  PLL_EACH r.v[i] = (float)byte_of(w.v[i], BYTE);
+  return r;
+}
+template <int SHIFT, bool SIGNED>
+PLL_INLINE vf u4_decode(vi w) {
+  vf r;
+  PLL_EACH r.v[i] = (float)(((w.v[i] >> SHIFT) & 15) - (SIGNED ? 8 : 0));
+  return r;
+}
+PLL_INLINE void vstore_i8(int8_t* p, vf a) { PLL_EACH p[i] = (int8_t)(int32_t)a.v[i]; }
+#endif
+
+}  // namespace pyllmlite::PLL_NS
+
+#endif
