@@ -173,9 +173,8 @@ class BlockCache(KVCache):
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            pool.num_blocks * size for pool, size in zip(self._pools, self._block_bytes, strict=True)
-        )
+        sizes = zip(self._pools, self._block_bytes, strict=True)
+        return sum(pool.num_blocks * block_bytes for pool, block_bytes in sizes)
 
     # -- sequences ---------------------------------------------------------------------------
     def acquire(self, seq_id: int, row: int, token_ids: Sequence[int], salt: int = 0) -> int | None:

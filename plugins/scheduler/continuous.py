@@ -24,12 +24,12 @@ class Continuous(Scheduler):
 
     def schedule(self, step: ScheduleStep) -> None:
         running = list(step.running)
-        waiting = list(step.waiting)
-        if any([s.request.priority for s in running]):
+        if len({s.request.priority for s in running}) > 1:
             running.sort(key=lambda s: s.request.priority)  # stable: then in the order of start
-        if run_all(step, running) or not waiting:
+        if run_all(step, running) or step.free_rows <= 0:
             return
-        if any([s.request.priority for s in waiting]):
+        waiting = list(step.waiting)
+        if len({s.request.priority for s in waiting}) > 1:
             waiting.sort(key=urgency)
         for seq in waiting:
             if step.budget <= 0 or step.free_rows <= 0:

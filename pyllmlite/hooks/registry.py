@@ -236,6 +236,10 @@ class Registry:
         known = self._contract(contract)
         return [known[n] for n in sorted(known) if role is None or known[n].role == role]
 
+    def classes(self, contract: str, role: str | None = None) -> list[type[Any]]:
+        """Their classes."""
+        return [entry.cls for entry in self.entries(contract, role)]
+
     def get(self, contract: str, name: str, role: str | None = None) -> type[Any]:
         """The class of that name.  ``PluginError`` says what is known, and what came close."""
         return self.entry(contract, name, role).cls
@@ -270,6 +274,7 @@ class Registry:
         Args:
             name: A name; ``"auto"`` or None: the highest priority that supports ``need``; or a
                 class of the contract, used as it is.
+            role: For decoders; without, a name may be any part's, and auto chooses a selector.
         Raises:
             PluginError: The name is unknown, or the reason why it cannot do what is needed;
                 for ``auto`` the reasons of all.
@@ -282,6 +287,8 @@ class Registry:
             return self._named(Entry(contract, name, origin), need, "given as a class")
         if name is not None and name != "auto":
             return self._named(self.entry(contract, name, role), need, "asked for by name")
+        if contract == "decoder" and role is None:
+            role = "selector"
         rejected: list[tuple[str, str]] = []
         chosen: Entry | None = None
         for entry in sorted(self.entries(contract, role), key=lambda e: (-e.cls.priority, e.name)):
