@@ -2,7 +2,8 @@
 
 #include <math.h>
 
-#include "factories.h"
+#include "cpu/factories.h"
+#include "cpu/simd.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
@@ -11,24 +12,63 @@ struct NormState {
   NormOpSpec spec;
 };
 
+// Sums run over four vectors in turn, then the rest, then (0 + 1) + (2 + 3), then the lanes: one
+// order for a width, whatever row or thread.  f(x, n) has n lanes that count, the others x = 0.
+template <typename F>
+PLL_INLINE float sum_over(const float* x, int64_t width, const F& f) {
+  vf sums[4] = {vzero(), vzero(), vzero(), vzero()};
+  int64_t i = 0;
+  for (; i + 64 <= width; i += 64) {
+    for (int j = 0; j < 4; ++j) sums[j] = f(vload(x + i + 16 * j), sums[j]);
+  }
+  for (; i + 16 <= width; i += 16) sums[0] = f(vload(x + i), sums[0]);
+  if (i < width) {
+    // The lanes past the end keep their sum, which f(0) might not.
+    float before[16], after[16];
+    vstore(before, sums[0]);
+    vstore(after, f(vload_n(x + i, width - i), sums[0]));
+    memcpy(before, after, sizeof(float) * (width - i));
+    sums[0] = vload(before);
+  }
+  return vreduce_add(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3])));
+}
+
+// y = (x - mean) * factor * weight + bias for n lanes; a residual is added to what stands in out.
+template <bool FULL>
+PLL_INLINE void norm_lanes(const NormOpSpec& spec, const float* x, float* out, int64_t i,
+                           int64_t n, vf mean, vf factor) {
+  auto load = [n](const float* p) { return FULL ? vload(p) : vload_n(p, n); };
+  vf y = vmul(vsub(load(x + i), mean), factor);
+  if (spec.norm.weight) y = vmul(y, load(spec.norm.weight + i));
+  if (spec.norm.bias) y = vadd(y, load(spec.norm.bias + i));
+  if (spec.residual) y = vadd(load(out + i), y);
+  if (FULL) {
+    vstore(out + i, y);
+  } else {
+    vstore_n(out + i, y, n);
+  }
+}
+
 void norm_row(const NormOpSpec& spec, const float* x, float* out) {
-  const int64_t n = spec.width;
+  const int64_t width = spec.width;
   float mean = 0, factor = 1;
   if (spec.norm.kind == Norm::LAYER) {
-    for (int64_t i = 0; i < n; ++i) mean += x[i];
-    mean /= n;
+    mean = sum_over(x, width, [](vf v, vf sum) { return vadd(sum, v); }) /
+           static_cast<float>(width);
   }
-  if (spec.norm.kind != Norm::NONE) {
-    float sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += (x[i] - mean) * (x[i] - mean);
-    factor = 1.0f / sqrtf(sum / n + spec.norm.eps);
+  if (spec.norm.kind == Norm::LAYER || spec.norm.kind == Norm::RMS) {
+    // Around the mean in a second pass: E[x^2] - mean^2 would cancel.
+    const vf center = vset1(mean);
+    const float squares = sum_over(x, width, [center](vf v, vf sum) {
+      const vf d = vsub(v, center);
+      return vfma(d, d, sum);
+    });
+    factor = 1.0f / sqrtf(squares / static_cast<float>(width) + spec.norm.eps);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    float y = (x[i] - mean) * factor;
-    if (spec.norm.weight) y *= spec.norm.weight[i];
-    if (spec.norm.bias) y += spec.norm.bias[i];
-    out[i] = spec.residual ? out[i] + y : y;
-  }
+  const vf vmean = vset1(mean), vfactor = vset1(factor);
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) norm_lanes<true>(spec, x, out, i, 16, vmean, vfactor);
+  if (i < width) norm_lanes<false>(spec, x, out, i, width - i, vmean, vfactor);
 }
 
 void run_norm(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,

@@ -3,9 +3,9 @@
 
 #include <math.h>
 #include <stdio.h>
-#include <string.h>
 
-#include "factories.h"
+#include "cpu/factories.h"
+#include "cpu/simd.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
@@ -14,37 +14,36 @@ struct StoreState {
   RotaryStoreSpec spec;
 };
 
-inline uint16_t bf16_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 void norm_head(float* x, int32_t n, const float* weight, float eps) {
-  float sum = 0;
-  for (int32_t i = 0; i < n; ++i) sum += x[i] * x[i];
-  const float factor = 1.0f / sqrtf(sum / n + eps);
-  for (int32_t i = 0; i < n; ++i) x[i] = x[i] * factor * weight[i];
-}
-
-void rotate_head(float* x, int32_t half, const float* cos, const float* sin) {
-  for (int32_t i = 0; i < half; ++i) {
-    const float a = x[i], b = x[i + half];
-    x[i] = a * cos[i] - b * sin[i];
-    x[i + half] = b * cos[i] + a * sin[i];
+  vf sum = vzero();
+  for (int32_t i = 0; i < n; i += 16) {
+    const vf v = vload_n(x + i, n - i);
+    sum = vfma(v, v, sum);
+  }
+  const vf factor = vset1(1.0f / sqrtf(vreduce_add(sum) / static_cast<float>(n) + eps));
+  for (int32_t i = 0; i < n; i += 16) {
+    const vf v = vmul(vmul(vload_n(x + i, n - i), factor), vload_n(weight + i, n - i));
+    vstore_n(x + i, v, n - i);
   }
 }
 
-template <typename T>
-inline T stored(float value);
-template <>
-inline float stored<float>(float value) {
-  return value;
+void rotate_head(float* x, int32_t half, const float* cos, const float* sin) {
+  for (int32_t i = 0; i < half; i += 16) {
+    const int32_t n = half - i;
+    const vf a = vload_n(x + i, n), b = vload_n(x + half + i, n);
+    const vf c = vload_n(cos + i, n), s = vload_n(sin + i, n);
+    vstore_n(x + i, vsub(vmul(a, c), vmul(b, s)), n);
+    vstore_n(x + half + i, vfma(b, c, vmul(a, s)), n);
+  }
 }
-template <>
-inline uint16_t stored<uint16_t>(float value) {
-  return bf16_of(value);
+
+inline void store_one(float* to, float value) { *to = value; }
+inline void store_one(uint16_t* to, float value) { *to = f32_to_bf16(value); }
+inline void store_row(float* to, const float* v, int32_t n) { memcpy(to, v, sizeof(float) * n); }
+inline void store_row(uint16_t* to, const float* v, int32_t n) {
+  int32_t i = 0;
+  for (; i + 16 <= n; i += 16) vstore_bf16(to + i, vload(v + i));
+  for (; i < n; ++i) to[i] = f32_to_bf16(v[i]);
 }
 
 template <typename T>
@@ -54,8 +53,8 @@ void store_head(const KVLayout& kv, const float* k, const float* v, int64_t slot
   const int64_t base = (block * kv.num_kv_heads + head) * kv.head_dim * kv.block_size;
   T* keys = k_cache + base + offset;
   T* values = v_cache + base + offset * kv.head_dim;
-  for (int32_t i = 0; i < kv.head_dim; ++i) keys[int64_t(i) * kv.block_size] = stored<T>(k[i]);
-  for (int32_t i = 0; i < kv.head_dim; ++i) values[i] = stored<T>(v[i]);
+  for (int32_t i = 0; i < kv.head_dim; ++i) store_one(keys + int64_t(i) * kv.block_size, k[i]);
+  store_row(values, v, kv.head_dim);
 }
 
 int plan_store(void* state, const pll_batch* batch, char* error, size_t error_size) {

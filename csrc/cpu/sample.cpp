@@ -9,9 +9,10 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "factories.h"
+#include "cpu/factories.h"
+#include "cpu/select.h"
+#include "cpu/simd.h"
 #include "pyllmlite/sampler.h"
-#include "select.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
@@ -61,22 +62,29 @@ struct Logits {
   float max;
 };
 
+// The last, short vector of a row, filled up with -inf.
+vf load_last(const float* x, int64_t n) {
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = i < n ? x[i] : -INFINITY;
+  return vload(lanes);
+}
+
 // Fills chunk_max; false if a logit is NaN or +inf.
 bool scan(const float* x, int64_t n, float* chunk_max, Logits* out) {
-  float max = -INFINITY;
-  bool good = true;
+  const vf infinite = vset1(INFINITY), lowest = vset1(-INFINITY);
+  vf all = lowest, bad = vzero();
   for (int64_t c = 0, begin = 0; begin < n; ++c, begin += kChunk) {
-    const int64_t end = begin + kChunk < n ? begin + kChunk : n;
-    float best = -INFINITY;
-    for (int64_t i = begin; i < end; ++i) {
-      good &= x[i] < INFINITY;
-      best = x[i] > best ? x[i] : best;
+    vf best = lowest;
+    for (int64_t i = begin; i < begin + kChunk && i < n; i += 16) {
+      const vf v = i + 16 <= n ? vload(x + i) : load_last(x + i, n - i);
+      bad = vmax(bad, vselect_gt(infinite, v, vzero(), vset1(1)));
+      best = vmax(best, v);
     }
-    chunk_max[c] = best;
-    max = best > max ? best : max;
+    chunk_max[c] = vreduce_max(best);
+    all = vmax(all, best);
   }
-  *out = Logits{x, n, chunk_max, max};
-  return good;
+  *out = Logits{x, n, chunk_max, vreduce_max(all)};
+  return vreduce_max(bad) == 0;
 }
 
 // The lowest id among the maxima.
@@ -89,14 +97,36 @@ int32_t argmax(const Logits& logits) {
   }
 }
 
-// exp((x - max) / temperature) of a chunk; lanes past the vocabulary are 0.
-void chunk_weights(const Logits& logits, int64_t chunk, float inverse, float* weights) {
+// What is left to draw from: logits of at least `floor` whose weight's key is at most `last`.
+struct Support {
+  float floor;
+  uint64_t last;
+};
+constexpr uint64_t kNoLast = ~uint64_t(0);
+
+// exp((x - max) / temperature) of a chunk's tokens, 0 for those outside of the support; returns
+// their sum.
+float chunk_weights(const Logits& logits, int64_t chunk, float inverse, const Support& support,
+                    float* weights) {
   const int64_t begin = chunk * kChunk;
-  const int64_t n = logits.count - begin < kChunk ? logits.count - begin : kChunk;
-  for (int64_t i = 0; i < n; ++i) {
-    weights[i] = expf((logits.values[begin + i] - logits.max) * inverse);
+  const vf max = vset1(logits.max), factor = vset1(inverse), floor = vset1(support.floor);
+  vf sum = vzero();
+  for (int64_t j = 0; j < kChunk; j += 16) {
+    const int64_t left = logits.count - begin - j;
+    const float* x = logits.values + begin + j;
+    const vf v = left >= 16 ? vload(x) : load_last(x, left);
+    vf w = vexp(vmul(vsub(v, max), factor));
+    w = vselect_gt(floor, v, vzero(), w);
+    vstore(weights + j, w);
+    sum = vadd(sum, w);
   }
-  for (int64_t i = n; i < kChunk; ++i) weights[i] = 0;
+  if (support.last == kNoLast) return vreduce_add(sum);
+  float total = 0;
+  for (int64_t i = 0; i < kChunk; ++i) {
+    if (falling_key(weights[i], begin + i) > support.last) weights[i] = 0;
+    total += weights[i];
+  }
+  return total;
 }
 
 // Candidates: logits of at least `floor`, as keys whose order is falling logit, rising id.
@@ -133,22 +163,12 @@ float kth_best(const Logits& logits, int64_t k, uint64_t* keys) {
   return key_value(last);
 }
 
-// What is left to draw from: logits of at least `floor` whose weight's key is at most `last`.
-struct Support {
-  float floor;
-  uint64_t last;
-};
-
-double support_mass(const Logits& logits, float floor, float inverse) {
+double support_mass(const Logits& logits, const Support& support, float inverse) {
   double total = 0;
   float weights[kChunk];
   for (int64_t c = 0; c < num_chunks(logits.count); ++c) {
-    if (logits.chunk_max[c] < floor) continue;
-    chunk_weights(logits, c, inverse, weights);
-    const int64_t begin = c * kChunk;
-    for (int64_t i = 0; i < kChunk && begin + i < logits.count; ++i) {
-      if (logits.values[begin + i] >= floor) total += weights[i];
-    }
+    if (logits.chunk_max[c] < support.floor) continue;
+    total += chunk_weights(logits, c, inverse, support, weights);
   }
   return total;
 }
@@ -157,26 +177,23 @@ double support_mass(const Logits& logits, float floor, float inverse) {
 // of the support's.  Looks at the tokens near the maximum first, since they mostly suffice.
 void keep_nucleus(const Logits& logits, float inverse, float top_p, uint64_t* keys,
                   Support* support) {
-  const double wanted = support_mass(logits, support->floor, inverse) * double(top_p);
+  const double wanted = support_mass(logits, *support, inverse) * double(top_p);
   float weights[kChunk];
   for (float reach = 4;; reach *= 4) {
-    float cutoff = logits.max - reach / inverse;
-    const bool all = !(cutoff > support->floor) || reach > 200;
-    if (all) cutoff = support->floor;
+    Support near{logits.max - reach / inverse, kNoLast};
+    const bool all = !(near.floor > support->floor) || reach > 200;
+    if (all) near.floor = support->floor;
     int64_t count = 0;
     double mass = 0;
     for (int64_t c = 0; c < num_chunks(logits.count); ++c) {
-      if (logits.chunk_max[c] < cutoff) continue;
-      chunk_weights(logits, c, inverse, weights);
-      const int64_t begin = c * kChunk;
-      for (int64_t i = 0; i < kChunk && begin + i < logits.count; ++i) {
-        if (!(logits.values[begin + i] >= cutoff)) continue;
-        keys[count++] = falling_key(weights[i], begin + i);
-        mass += weights[i];
+      if (logits.chunk_max[c] < near.floor) continue;
+      mass += chunk_weights(logits, c, inverse, near, weights);
+      for (int64_t i = 0; i < kChunk; ++i) {
+        if (weights[i] > 0) keys[count++] = falling_key(weights[i], c * kChunk + i);
       }
     }
     if (mass < wanted && !all) continue;
-    support->floor = cutoff;
+    support->floor = near.floor;
     support->last = select_mass(keys, count, wanted);
     return;
   }
@@ -191,12 +208,7 @@ int32_t draw(const Logits& logits, float inverse, const Support& support, double
   for (int64_t c = 0; c < chunks; ++c) {
     mass[c] = 0;
     if (logits.chunk_max[c] < support.floor) continue;
-    chunk_weights(logits, c, inverse, weights);
-    const int64_t begin = c * kChunk;
-    for (int64_t i = 0; i < kChunk && begin + i < logits.count; ++i) {
-      if (logits.values[begin + i] < support.floor) continue;
-      if (falling_key(weights[i], begin + i) <= support.last) mass[c] += weights[i];
-    }
+    mass[c] = chunk_weights(logits, c, inverse, support, weights);
     total += mass[c];
   }
   const double point = u * total;
@@ -209,13 +221,12 @@ int32_t draw(const Logits& logits, float inverse, const Support& support, double
     before = sum;
     sum += mass[c];
   }
+  chunk_weights(logits, chunk, inverse, support, weights);
   int32_t token = 0;
-  chunk_weights(logits, chunk, inverse, weights);
-  for (int64_t i = chunk * kChunk, w = 0; w < kChunk && i < logits.count; ++i, ++w) {
-    if (logits.values[i] < support.floor || weights[w] == 0) continue;
-    if (falling_key(weights[w], i) > support.last) continue;
-    token = static_cast<int32_t>(i);
-    before += weights[w];
+  for (int64_t i = 0; i < kChunk; ++i) {
+    if (weights[i] == 0) continue;
+    token = static_cast<int32_t>(chunk * kChunk + i);
+    before += weights[i];
     if (before > point) break;
   }
   return token;
@@ -225,7 +236,7 @@ int32_t choose(const Logits& logits, const pll_sampling_params& params, int32_t 
                const Scratch& scratch) {
   if (params.temperature < kGreedyBelow) return argmax(logits);
   const float inverse = 1.0f / params.temperature;
-  Support support{-INFINITY, ~uint64_t(0)};
+  Support support{-INFINITY, kNoLast};
   if (params.min_p > 0) support.floor = logits.max + params.temperature * logf(params.min_p);
   if (params.top_k > 0 && params.top_k < logits.count) {
     const float kth = kth_best(logits, params.top_k, scratch.keys);
@@ -238,8 +249,12 @@ int32_t choose(const Logits& logits, const pll_sampling_params& params, int32_t 
 }
 
 void apply_mask(const uint32_t* mask, int64_t n, float* work) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (!(mask[i >> 5] >> (i & 31) & 1)) work[i] = -INFINITY;
+  for (int64_t begin = 0; begin < n; begin += 32) {
+    const uint32_t allowed = mask[begin >> 5];
+    if (allowed == 0xffffffffu) continue;
+    for (int64_t i = begin; i < begin + 32 && i < n; ++i) {
+      if (!(allowed >> (i - begin) & 1)) work[i] = -INFINITY;
+    }
   }
 }
 
@@ -310,16 +325,16 @@ bool process(const RowRef& ref, const float* raw, int64_t n, const Scratch& scra
 // Log-probability and rank of the chosen token, and the best ones, of the raw distribution.
 void write_logprobs(const RowRef& ref, const Logits& raw, int32_t token, const Scratch& scratch) {
   const pll_sampler_inputs& in = *ref.in;
-  const double lse = double(raw.max) + log(support_mass(raw, -INFINITY, 1.0f));
+  const double lse = double(raw.max) + log(support_mass(raw, {-INFINITY, kNoLast}, 1.0f));
   const float value = raw.values[token];
   in.logprobs[ref.index] = static_cast<float>(double(value) - lse);
   int32_t rank = 1;
   for (int64_t c = 0, begin = 0; begin < raw.count; ++c, begin += kChunk) {
     if (raw.chunk_max[c] < value) continue;
     const int64_t end = begin + kChunk < raw.count ? begin + kChunk : raw.count;
-    for (int64_t i = begin; i < end; ++i) {
-      rank += raw.values[i] > value || (raw.values[i] == value && i < token);
-    }
+    const int64_t split = token < begin ? begin : (token < end ? token : end);
+    for (int64_t i = begin; i < split; ++i) rank += raw.values[i] >= value;
+    for (int64_t i = split; i < end; ++i) rank += raw.values[i] > value;
   }
   in.ranks[ref.index] = rank;
   int64_t n = in.params[ref.row].num_logprobs;
