@@ -1,0 +1,132 @@
+"""Before the run: draft tokens are proposed, the step is written down, masks are laid on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+    from typing import Any
+
+    from pyllmlite.core.request import Sequence
+    from pyllmlite.engine.pool import SequencePool
+    from pyllmlite.engine.schedule import Step
+    from pyllmlite.engine.state import RequestState
+    from pyllmlite.hooks.cache import KVCache
+
+
+def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
+    """Ask for draft tokens for every decoding sequence whose request has a proposer."""
+    for seq in pool.running:
+        state = seq.output.request
+        seq.draft_ids = []
+        if state.proposer is None or seq.num_uncomputed != 1:
+            continue
+        room = state.limit - len(seq.token_ids) - 1  # the last token is never a draft
+        if room <= 0:
+            continue
+        try:
+            drafts = [int(token) for token in state.proposer.propose(seq, room)][:room]
+        except Exception as error:
+            step.failed.append((seq, error))
+            continue
+        bad = next((i for i, token in enumerate(drafts) if not 0 <= token < vocab_size), None)
+        seq.draft_ids = drafts[:bad]
+
+
+class Planner:
+    """Writes the step into the native batch."""
+
+    def __init__(self, batch: Any, cache: KVCache) -> None:
+        self.batch = batch
+        self.cache = cache
+        self.table = batch.token_table
+        self._groups = range(len(cache.block_tables))
+        self._wishes = Wishes(batch)
+
+    def plan(self, step: Step, special: bool) -> None:
+        """``special``: a request is among them that needs more than its tokens to be run."""
+        if special:
+            for seq in step.seqs:
+                if seq.draft_ids:
+                    known = len(seq.token_ids)
+                    self.table[seq.row, known : known + len(seq.draft_ids)] = seq.draft_ids
+        self.batch.set_step(step.rows, step.starts, step.counts, step.logits)
+        for group in self._groups:
+            copies = self.cache.take_copies(group)
+            if copies:
+                self.batch.set_copies(group, copies)
+        if special:
+            self._plan_special(step)
+
+    def _plan_special(self, step: Step) -> None:
+        first = 0
+        wishes = self._wishes
+        wishes.masks = {}
+        for index, seq in enumerate(step.seqs):
+            wanted = step.logits[index]
+            state: RequestState = seq.output.request
+            if wanted and state.special:
+                if state.scoring:
+                    self.batch.score_prompt(index)
+                end = step.starts[index] + step.counts[index]
+                if end == len(seq.token_ids) + len(seq.draft_ids):  # a token will be chosen
+                    wishes.seq = seq
+                    wishes.first = first + wanted - 1 - len(seq.draft_ids)
+                    try:
+                        if state.decoder.plans_steps:
+                            state.decoder.plan(seq, wishes)
+                        if state.constraints:
+                            self._constrain(seq, state)
+                    except Exception as error:
+                        step.failed.append((seq, error))
+            first += wanted
+        for row, mask in wishes.masks.items():
+            self.batch.set_mask(row, mask)
+
+    def _constrain(self, seq: Sequence, state: RequestState) -> None:
+        """A mask for each of the sequence's rows; behind a draft the constraint stands as if it
+        had been taken, and goes back afterwards."""
+        for constraint, at in zip(state.constraints, seq.output.constraint_states, strict=True):
+            accepted = 0
+            try:
+                for row in range(len(seq.draft_ids) + 1):
+                    mask = constraint.mask(at)
+                    if mask is not None:
+                        self._wishes.mask(row, mask)
+                    if row == len(seq.draft_ids):
+                        break
+                    draft = seq.draft_ids[row]
+                    if mask is not None and not int(mask[draft >> 5]) >> (draft & 31) & 1:
+                        break  # this draft cannot be drawn, so no row behind it counts
+                    constraint.accept(at, draft)
+                    accepted += 1
+            finally:
+                if accepted:
+                    constraint.rollback(at, accepted)
+
+
+class Wishes:
+    """The :class:`~pyllmlite.hooks.decoder.StepPlan` of one sequence after the other."""
+
+    __slots__ = ("_batch", "first", "masks", "seq")
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+        self.seq: Sequence
+        self.first = 0
+        self.masks: dict[int, np.ndarray] = {}
+
+    def bias(self, ids: Seq[int], values: Seq[float]) -> None:
+        self._batch.set_step_bias(self.seq.row, ids, values)
+
+    def mask(self, row: int, bits: np.ndarray) -> None:
+        at = self.first + row
+        other = self.masks.get(at)
+        # A copy: a constraint may use its array again for the next row.
+        self.masks[at] = np.array(bits, np.uint32) if other is None else other & bits
+
+    def want_logits(self, row: int) -> None:
+        self._batch.want_logits(self.first + row)

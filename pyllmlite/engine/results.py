@@ -1,0 +1,96 @@
+"""What came out of a step, as a decoder sees it, and the log-probabilities in it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pyllmlite.core.request import Logprob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
+    from pyllmlite.core.request import Sequence
+
+
+class Result:
+    """A :class:`~pyllmlite.hooks.decoder.StepResult`, for one sequence after the other.
+
+    Attributes:
+        tokens: What was chosen, cut behind the last accepted draft.
+        num_rows: Rows it was chosen after.
+        first: The first of them.
+    """
+
+    __slots__ = ("_batch", "first", "num_rows", "num_top", "tokens")
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+        self.tokens: list[int] = []
+        self.num_rows = 0
+        self.first = 0
+        self.num_top = 0
+
+    def top(self, row: int) -> list[tuple[int, float]]:
+        at = self.first + row
+        num = max(self.num_top, 0)
+        ids = self._batch.top_ids[at][:num].tolist()
+        return list(zip(ids, self._batch.top_logprobs[at][:num].tolist(), strict=True))
+
+    def logits(self, row: int) -> np.ndarray:
+        return self._batch.logits(self.first + row)
+
+
+class Logprobs:
+    """The step's log-probabilities as Python numbers, read once a step and only if wanted."""
+
+    def __init__(self, batch: Any, piece: Callable[[int], str | None]) -> None:
+        self._batch = batch
+        self._piece = piece
+        self._rows_of: dict[int, int] = {}
+        self._read = False
+
+    def begin(self) -> None:
+        self._read = False
+        self._rows_of.clear()
+
+    def set_row(self, seq: Sequence, first: int) -> None:
+        """The first row after which a token of ``seq`` was chosen in this step."""
+        self._rows_of[seq.id] = first
+
+    def share_row(self, parent: Sequence, child: Sequence) -> None:
+        if parent.id in self._rows_of:
+            self._rows_of[child.id] = self._rows_of[parent.id]
+
+    def of_sequence(self, seq: Sequence, index: int, token: int, num: int) -> dict[int, Logprob]:
+        """Of the ``index``-th token that ``seq`` got in this step, and of the ``num`` best."""
+        first = self._rows_of.get(seq.id)
+        if first is None:
+            return {token: self._make(token, math.nan, None)}
+        return self.of_row(first + index, token, num)
+
+    def of_row(self, row: int, token: int, num: int) -> dict[int, Logprob]:
+        if not self._read:
+            batch = self._batch
+            self._tokens = batch.token_list
+            self._logprobs = batch.logprobs.tolist()
+            self._ranks = batch.ranks.tolist()
+            self._top_ids = batch.top_ids.tolist()
+            self._top = batch.top_logprobs.tolist()
+            self._read = True
+        found: dict[int, Logprob] = {}
+        if row < len(self._tokens) and self._tokens[row] == token:
+            found[token] = self._make(token, self._logprobs[row], self._ranks[row])
+        else:  # a decoder took another one than was sampled
+            found[token] = self._make(token, math.nan, None)
+        if num > 0:
+            best = zip(self._top_ids[row][:num], self._top[row][:num], strict=True)
+            for rank, (other, logprob) in enumerate(best, start=1):
+                if other != token or math.isnan(found[token].logprob):
+                    found[other] = self._make(other, logprob, rank)
+        return found
+
+    def _make(self, token: int, logprob: float, rank: int | None) -> Logprob:
+        return Logprob(logprob, rank, self._piece(token))
