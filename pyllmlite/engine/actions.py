@@ -167,10 +167,12 @@ class SequenceActions:
 
     # -- end -------------------------------------------------------------------------------------
     def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        if seq.status is Status.FINISHED:
-            return
         state: SequenceState = seq.output
         request = state.request
+        if seq.status is Status.FINISHED:
+            if reason == "dropped" and seq in request.request.sequences:
+                request.request.sequences.remove(seq)
+            return
         self._pool.remove(seq)
         seq.finish_reason = reason
         seq.stop_reason = stop_reason

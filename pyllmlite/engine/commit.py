@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.request import Sequence, Status
@@ -69,6 +70,8 @@ class Committer:
                 self._logprobs.set_row(seq, result.first)
             result.num_top = state.num_logprobs
             before = len(ids)
+            if state.request.first_token_time is None:
+                state.request.first_token_time = time.monotonic()
             drafts = seq.draft_ids
             try:
                 state.decoder.advance(seq, result, actions)
@@ -165,11 +168,17 @@ class Committer:
             self._cache.truncate(seq.id, seq.num_computed)
 
     def _check_progress(self, step: Step) -> None:
+        """A sequence may wait for others of its request (beams), but somebody must have a token
+        to run."""
         for seq in step.seqs:
-            if seq.row >= 0 and seq.num_computed >= len(seq.token_ids):
-                state = seq.output.request
+            if seq.num_computed >= len(seq.token_ids) and seq.row >= 0:
+                state: RequestState = seq.output.request
+                if any(
+                    other.num_uncomputed and other.status is not Status.FINISHED
+                    for other in state.request.sequences
+                ):
+                    continue
                 self._actions.fail(
                     state,
-                    f"decoder {state.decoder.name!r} neither appended a token nor ended the "
-                    "sequence",
+                    f"decoder {state.decoder.name!r} neither appended a token nor ended a sequence",
                 )

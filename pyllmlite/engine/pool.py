@@ -83,6 +83,6 @@ class SequencePool:
         assert len({seq.id for seq in everybody}) == len(everybody), "a sequence stands twice"
         for seq in self.running:
             assert seq.status is Status.RUNNING, f"{seq} runs"
-            assert 0 <= seq.num_computed < len(seq.token_ids), f"{seq}: tokens computed"
+            assert 0 <= seq.num_computed <= len(seq.token_ids), f"{seq}: tokens computed"
         for seq in self.waiting:
             assert seq.status is Status.WAITING and seq.row == -1, f"{seq} waits"

@@ -1,0 +1,116 @@
+"""A request is taken in: checked, given its strategies and its first sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pyllmlite.core.errors import PyllmliteError, RequestError
+from pyllmlite.core.request import Request
+from pyllmlite.core.sampling import SamplingParams
+from pyllmlite.engine.detokenize import Detokenizer
+from pyllmlite.engine.prompts import check_prompt, parse_prompt
+from pyllmlite.engine.state import RequestState, SequenceState, mix_seed
+
+if TYPE_CHECKING:
+    from pyllmlite.engine.actions import SequenceActions
+
+
+class Admission:
+    """Everything that can be wrong with a request is found here, before it runs.
+
+    Args:
+        built: The model and its strategies.
+        max_logprobs: Most that a request may ask for.
+        seed: Requests without a seed draw theirs from it and from their number.
+    """
+
+    def __init__(self, built: Any, actions: SequenceActions, max_logprobs: int, seed: int) -> None:
+        self._built = built
+        self._actions = actions
+        self._max_logprobs = max_logprobs
+        self._seed = seed
+        self._count = 0
+        self._cache_len = built.cache.max_tokens_per_sequence()
+
+    def make(
+        self,
+        request_id: str,
+        prompt: object,
+        params: SamplingParams,
+        priority: int = 0,
+        client: str = "",
+        stream: bool = False,
+    ) -> RequestState:
+        """A request with its first sequence, its strategies opened.  ``RequestError``."""
+        built = self._built
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, got {params!r}")
+        text, ids = parse_prompt(prompt, built.tokenizer)
+        check_prompt(ids, built.spec.vocab_size, built.max_model_len, self._cache_len)
+        self._check_params(params)
+        decoder = built.decoder
+        if params.decoder is not None and params.decoder != decoder.name:
+            decoder = self._named_decoder(params.decoder)
+        request = Request(
+            request_id, ids, params, prompt=text, priority=priority, client=client
+        )
+        seed = params.seed if params.seed is not None else mix_seed(self._seed, self._count)
+        state = RequestState(
+            request,
+            decoder,
+            built.proposer,
+            [c for c in built.constraints if c.applies(params)],
+            seed,
+            min(built.max_model_len, self._cache_len),
+            built.spec.eos_token_ids,
+            stream,
+        )
+        self._open(state)
+        self._count += 1
+        return state
+
+    def _named_decoder(self, name: str) -> Any:
+        try:
+            return self._built.decoders(name)
+        except PyllmliteError as error:
+            raise RequestError(str(error)) from None
+
+    def _open(self, state: RequestState) -> None:
+        request = state.request
+        detokenizer = None
+        seq = self._actions.new_sequence(state, list(request.prompt_token_ids), 0)
+        if request.params.detokenize and self._built.tokenizer is not None:
+            detokenizer = Detokenizer(
+                self._built.tokenizer,
+                seq.token_ids,
+                seq.num_prompt_tokens,
+                request.params.skip_special_tokens,
+            )
+        seq.output = SequenceState(state, detokenizer)
+        request.sequences.append(seq)
+        state.live = 1
+        state.decoder.open(seq)
+        seq.output.constraint_states = [c.open(seq) for c in state.constraints]
+        if state.proposer is not None:
+            state.proposer.open(seq)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        vocab_size = self._built.spec.vocab_size
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and value > self._max_logprobs:
+                raise RequestError(
+                    f"{name}={value} is more than max_logprobs={self._max_logprobs}, an option "
+                    "of the engine"
+                )
+        for name, ids in (
+            ("stop_token_ids", params.stop_token_ids or ()),
+            ("logit_bias", params.logit_bias or ()),
+        ):
+            for token in ids:
+                if not isinstance(token, int) or not 0 <= token < vocab_size:
+                    raise RequestError(
+                        f"{name}: token id {token!r} is not in [0, {vocab_size})"
+                    )
+        if params.stop and self._built.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids without one")
