@@ -54,7 +54,7 @@ _WITHOUT_MEANING: dict[str, tuple[Any, ...] | None] = {
 }
 
 
-def parse_bytes(value: int | float | str) -> int:
+def parse_bytes(value: float | str) -> int:
     """``512MB`` (10^6), ``2GiB`` (2^30), ``1.5g`` or a number of bytes."""
     if isinstance(value, bool):
         raise ConfigError(f"a memory size is a number of bytes or '512MB', got {value!r}")
@@ -168,7 +168,7 @@ class EngineConfig:
     def _check_name(contract: str, value: object) -> None:
         if not isinstance(value, str) or not _STRATEGY_NAME.fullmatch(value):
             raise ConfigError(
-                f"{contract} must be the name of a strategy (lower case, digits, '-'), got {value!r}"
+                f"{contract} must be a strategy's name (lower case, digits, '-'), got {value!r}"
             )
 
     @property

@@ -87,7 +87,9 @@ class SequenceActions:
                 constraint.accept(at, token)
             if text is not None:
                 piece = text.advance(len(ids))
-                found = find_stop(text.text, len(piece), params.stop) if may_stop and piece else None
+                found = None
+                if piece and may_stop and params.stop:
+                    found = find_stop(text.text, len(piece), params.stop)
                 if found is not None:
                     position, stop = found
                     keep = len(stop) if params.include_stop_str_in_output else 0

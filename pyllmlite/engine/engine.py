@@ -198,10 +198,10 @@ class Engine:
         elif self._empty_steps >= MAX_EMPTY_STEPS:
             name = f"scheduler {self.scheduler.name!r}"
             message = f"{name} put nobody into {self._empty_steps} steps in a row"
-            blocked = next((s for s in pool.running + pool.waiting if step.blocked_by_cache(s)), None)
-            if blocked is not None:
+            blocked = [s for s in pool.running + pool.waiting if step.blocked_by_cache(s)]
+            if blocked:
                 message = (
-                    f"the KV cache has no room for a sequence of {blocked.num_tokens} tokens; "
+                    f"the KV cache has no room for a sequence of {blocked[0].num_tokens} tokens; "
                     "raise kv_cache_memory"
                 )
             for state in list(self.requests.values()):

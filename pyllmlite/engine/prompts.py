@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 from pyllmlite.core.errors import RequestError
 
-Prompt = Union[str, Sequence[int], Mapping[str, Any]]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 def is_single(prompts: object) -> bool:

@@ -9,6 +9,7 @@ from pyllmlite.core.request import Logprob
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Seq
 
     import numpy as np
 
@@ -28,7 +29,7 @@ class Result:
 
     def __init__(self, batch: Any) -> None:
         self._batch = batch
-        self.tokens: list[int] = []
+        self.tokens: Seq[int] = []
         self.num_rows = 0
         self.first = 0
         self.num_top = 0
