@@ -12,16 +12,16 @@ import hashlib
 from types import SimpleNamespace
 
 import numpy as np
-from pyllmlite_plugins.cache.contiguous import Contiguous
-from pyllmlite_plugins.cache.paged import Paged
-from pyllmlite_plugins.decoder.sample import Sample
-from pyllmlite_plugins.scheduler.continuous import Continuous
-from pyllmlite_plugins.scheduler.static import Static
 
 from pyllmlite.core.config import EngineConfig
 from pyllmlite.core.spec import LayerSpec, ModelSpec, NormSpec
 from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
+from pyllmlite_plugins.cache.contiguous import Contiguous
+from pyllmlite_plugins.cache.paged import Paged
+from pyllmlite_plugins.decoder.sample import Sample
+from pyllmlite_plugins.scheduler.continuous import Continuous
+from pyllmlite_plugins.scheduler.static import Static
 
 VOCAB = 97
 EOS = 96
