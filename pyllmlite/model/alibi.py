@@ -8,9 +8,9 @@ its second, fourth, ... first.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+
+from pyllmlite.core.spec import ModelSpec
 
 
 def _geometric(n: int, bias_max: float) -> np.ndarray:
@@ -28,7 +28,7 @@ def alibi_slopes(num_heads: int, bias_max: float = 8.0, kind: str = "bloom") -> 
         raise ValueError(f"ALiBi kind is bloom or mpt, got {kind!r}")
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-    below = 1 << int(math.floor(math.log2(num_heads)))
+    below = 1 << (num_heads.bit_length() - 1)
     if below == num_heads:
         slopes = _geometric(num_heads, bias_max)
     elif kind == "bloom":
@@ -38,3 +38,11 @@ def alibi_slopes(num_heads: int, bias_max: float = 8.0, kind: str = "bloom") -> 
         above = _geometric(2 * below, bias_max)
         slopes = np.concatenate([above[1::2], above[0::2]])[:num_heads]
     return slopes.astype(np.float32)
+
+
+def model_slopes(spec: ModelSpec) -> np.ndarray | None:
+    """A model's slopes; None where it has no ALiBi."""
+    if not spec.alibi:
+        return None
+    kind = "mpt" if spec.architecture == "mpt" else "bloom"
+    return alibi_slopes(spec.num_heads, spec.alibi_bias_max, kind)

@@ -14,7 +14,7 @@ import numpy as np
 from pyllmlite.core.spec import ModelSpec
 from pyllmlite.hooks.attention import AttentionLayer
 from pyllmlite.hooks.cache import StoreLayer
-from pyllmlite.model.alibi import alibi_slopes
+from pyllmlite.model.alibi import model_slopes
 from pyllmlite.model.rope import rope_tables
 from pyllmlite.model.weights import PackedMatrix, load_matrix, plan_matrices
 from pyllmlite.runtime.cost import OpCost
@@ -135,7 +135,7 @@ class ModelBuilder:
             qk_norm_eps=spec.norm.eps,
         )
         self.cache.add_store_op(self.sink, store, qkv, kv)
-        slopes = alibi_slopes(spec.num_heads, spec.alibi_bias_max) if spec.alibi else None
+        slopes = model_slopes(spec)
         layer = AttentionLayer(
             index=i,
             num_heads=spec.num_heads,

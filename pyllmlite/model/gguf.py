@@ -190,7 +190,7 @@ class GGUFCheckpoint(Checkpoint):
             )
             spans.append((offset, offset + nbytes, name))
         spans.sort()
-        for (_, end, _), (begin, _, name) in zip(spans, spans[1:], strict=False):
+        for (_, end, _), (begin, _, name) in zip(spans[:-1], spans[1:], strict=True):
             if begin < end:
                 raise cursor.bad(f"{name[:80]!r} overlaps another tensor")
         return tensors

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyllmlite.core.spec import ModelSpec, NormSpec
-from pyllmlite.model.alibi import alibi_slopes
+from pyllmlite.model.alibi import model_slopes
 from pyllmlite.model.rope import rope_tables
 
 
@@ -75,10 +75,8 @@ class NumpyModel:
         scores = np.einsum("qhd,khd->hqk", q, k) * spec.scale
         scores = _softcap(scores, spec.attention_softcap)
         distance = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
-        if spec.alibi:
-            slopes = alibi_slopes(
-                spec.num_heads, spec.alibi_bias_max, "mpt" if spec.architecture == "mpt" else "bloom"
-            )
+        slopes = model_slopes(spec)
+        if slopes is not None:
             scores = scores - slopes[:, None, None] * distance
         seen = distance >= 0
         if layer.window is not None:

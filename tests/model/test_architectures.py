@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from model.numpy_forward import NumpyModel
+from tiny_models import TINY, reference
+
 from pyllmlite.core.errors import ModelError
 from pyllmlite.model.architectures import architectures, find_architecture
 from pyllmlite.model.source import open_checkpoint, tensor_shapes
-from tiny_models import TINY, reference
 
 torch = pytest.importorskip("torch")
 

@@ -55,10 +55,10 @@ class Config:
 
     def number(self, *names: str, default: float | None = None) -> float:
         value = self.get(*names, default=default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ModelError(f"config: {names[0]} must be a number, got {str(value)[:60]}")
-        if math.isinf(value):
-            raise ModelError(f"config: {names[0]} is infinite")
+        if not math.isfinite(value):
+            raise ModelError(f"config: {names[0]} is {value}")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
