@@ -33,7 +33,9 @@ def main() -> None:
     for arguments in COMMANDS.values():
         seconds(arguments)  # files into the page cache
     # Interleaved, so that a busy moment of the machine falls on all of them.
-    runs = [{name: seconds(arguments) for name, arguments in COMMANDS.items()} for _ in range(repeat)]
+    runs = [
+        {name: seconds(arguments) for name, arguments in COMMANDS.items()} for _ in range(repeat)
+    ]
     for name in COMMANDS:
         median = statistics.median(run[name] for run in runs)
         more = statistics.median(run[name] - run["import numpy"] for run in runs)

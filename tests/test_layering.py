@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import pyllmlite
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # What each part may import besides itself.
@@ -23,8 +25,8 @@ BELOW = {
     "cli": {"serve", "compress", "engine", "sizing", "model", "runtime", "hooks", "core"},
     "plugins": {"hooks", "runtime", "core"},
 }
-# The package's own names and the compiled extension: no part of the order.
-TOP = {"_native", "_version", ""}
+# The package itself and the compiled extension: no part of the order.
+TOP = {"_native", "_version", "__version__", ""}
 
 
 def imported_parts(file: Path, package: str) -> set[tuple[int, str]]:
@@ -44,6 +46,8 @@ def imported_parts(file: Path, package: str) -> set[tuple[int, str]]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "pyllmlite":
+                if len(parts) > 1 and parts[1] in pyllmlite._EXPORTS:  # from pyllmlite import LLM
+                    parts = pyllmlite._EXPORTS[parts[1]].split(".")
                 found.add((node.lineno, parts[1] if len(parts) > 1 else ""))
             elif parts[0] == "pyllmlite_plugins":
                 found.add((node.lineno, "plugins"))
@@ -95,7 +99,7 @@ def test_the_check_sees_relative_and_inner_imports(tmp_path):
     file.write_text(
         "from ..engine import llm\n"
         "from . import y\n"
-        "def f():\n    import pyllmlite_plugins.cache\n    from pyllmlite import cli\n"
+        "def f():\n    import pyllmlite_plugins.cache\n    from pyllmlite import cli, LLM\n"
         "import numpy\n"
     )
     assert {part for _, part in imported_parts(file, "pyllmlite.core")} == {

@@ -58,7 +58,7 @@ def _options(
             "--cmake-dir",
             callback=_print_cmake_dir,
             is_eager=True,
-            help="Say where find_package(pyllmlite) looks: -Dpyllmlite_DIR=$(pyllmlite --cmake-dir).",
+            help="Say where pyllmliteConfig.cmake is: -Dpyllmlite_DIR=$(pyllmlite --cmake-dir).",
         ),
     ] = False,
     include_dir: Annotated[

@@ -48,12 +48,13 @@ def pyllmlite_schedulers():
     "$module/scheduler.py": '''\
 """A scheduler: who runs in this step, and with how many tokens."""
 
+from pyllmlite.core.request import Sequence, Status
 from pyllmlite.hooks.scheduler import Scheduler, ScheduleStep
 
 
 class $cls(Scheduler):
-    """Shortest first: of the sequences that run, then of those that wait, the one with the
-    fewest tokens left to compute goes first, so that a long prompt does not hold up short ones.
+    """Short prompts first, so that a long one does not hold them up; each second of waiting
+    counts as much as 100 tokens, so that the long one gets its turn.
     """
 
     name = "$name"
@@ -61,27 +62,35 @@ class $cls(Scheduler):
     priority = -1  # taken only when asked for: LLM(scheduler="$name")
 
     def schedule(self, step: ScheduleStep) -> None:
-        for seq in sorted(step.running, key=lambda s: s.num_uncomputed):
-            if step.run(seq) == 0 and step.blocked_by_cache(seq):
-                # Its cache has no room: the sequence that started last makes some.
-                last = step.running[-1]
+        preempted = False
+        for seq in step.running:
+            if seq.status is not Status.RUNNING:
+                continue  # preempted just now
+            while step.run(seq) == 0 and step.blocked_by_cache(seq):
+                last = step.running[-1]  # started last: it has the least to compute again
                 step.preempt(last)
-                if last is not seq:
-                    step.run(seq)
-                return
-        for seq in sorted(step.waiting, key=lambda s: s.num_uncomputed):
+                preempted = True
+                if last is seq:
+                    break
+        if preempted:
+            return
+        for seq in sorted(step.waiting, key=lambda s: self.urgency(s, step.now)):
             if step.run(seq) == 0 and step.blocked_by_cache(seq):
                 return
+
+    @staticmethod
+    def urgency(seq: Sequence, now: float) -> float:
+        return seq.num_uncomputed - 100 * (now - seq.request.arrival_time)
 ''',
     "tests/test_$module.py": '''\
 """The contract's own conformance suite, and what makes this scheduler what it is."""
 
-from pyllmlite.testing import SchedulerSuite
+from pyllmlite.testing import SchedulerConformance
 
 from $module import $cls
 
 
-class Test$cls(SchedulerSuite):
+class Test$cls(SchedulerConformance):
     strategy = $cls
 ''',
     "README.md": """\

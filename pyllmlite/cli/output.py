@@ -39,7 +39,9 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     ]
 
     def line(row: Sequence[str]) -> str:
-        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)]
+        parts = [
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+        ]
         return "  ".join(parts).rstrip()
 
     print(line(head))

@@ -33,8 +33,8 @@ class StepPlan(Protocol):
         """Added to the logits of all its rows in this step; ``-inf`` forbids a token."""
 
     def mask(self, row: int, bits: np.ndarray) -> None:
-        """uint32 ``[ceil(vocab / 32)]``: bit set, token allowed.  Read while the step runs: do
-        not change the array before the next one."""
+        """uint32 ``[ceil(vocab / 32)]``: bit set, token allowed.  Copied; several masks for
+        a row are joined."""
 
     def want_logits(self, row: int) -> None:
         """See the row's raw logits after the run: one copy of ``vocab_size`` floats."""
@@ -160,8 +160,7 @@ class Constraint(Strategy):
 
     @abstractmethod
     def mask(self, state: Any) -> np.ndarray | None:
-        """uint32 bitmask of the tokens allowed next; None: all.  The array is read while the
-        step runs and must stay as it is until the next one."""
+        """uint32 bitmask of the tokens allowed next; None: all.  Copied."""
 
     @abstractmethod
     def accept(self, state: Any, token_id: int) -> None:
