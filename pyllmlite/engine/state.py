@@ -130,7 +130,11 @@ class RequestState:
     def sampling_for(self, seq: Sequence) -> dict[str, Any]:
         """The native sampling parameters of one sequence."""
         seed = self.seed if seq.child == 0 else mix_seed(self.seed, seq.child)
-        return {**self.sampling, "seed": seed, **self.decoder.sampling(seq)}
+        sampling = {**self.sampling, "seed": seed, **self.decoder.sampling(seq)}
+        # A decoder may want more than the request asked for (beams), never less.
+        sampling["num_logprobs"] = max(sampling["num_logprobs"], self.num_logprobs)
+        seq.output.num_top = sampling["num_logprobs"]
+        return sampling
 
 
 class SequenceState:
@@ -141,6 +145,7 @@ class SequenceState:
     constraint_states: One for each of the request's constraints.
     detokenizer: Text so far; None: no text is asked for.
     blocked_at: Free blocks when the cache last had no room to start it; -1: it had.
+    num_top: Log-probabilities that its row yields, the decoder's wish included.
     """
 
     __slots__ = (
@@ -148,6 +153,7 @@ class SequenceState:
         "constraint_states",
         "detokenizer",
         "limit",
+        "num_top",
         "plain",
         "request",
         "stamp",
@@ -163,3 +169,4 @@ class SequenceState:
         self.constraint_states: list[Any] = []
         self.detokenizer = detokenizer
         self.blocked_at = -1
+        self.num_top = request.num_logprobs

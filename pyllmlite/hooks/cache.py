@@ -166,12 +166,12 @@ class KVCache(Strategy):
 
     @abstractmethod
     def free(self, seq_id: int) -> None:
-        """The sequence leaves (ends, is aborted or preempted).  A queued copy onto a block that
-        becomes free is dropped: copies of a step run side by side, in no order."""
+        """The sequence leaves (ends, is aborted or preempted)."""
 
     @abstractmethod
     def take_copies(self, group: int) -> list[tuple[int, int]]:
-        """Block copies (source, destination) to carry out before the next step's first op."""
+        """Block copies (source, destination) to carry out before the next step's first op, in
+        this order: a block that was given back and taken again within the step is no hazard."""
 
     # -- state -----------------------------------------------------------------------------
     @property

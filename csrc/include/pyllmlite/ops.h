@@ -124,7 +124,7 @@ PLL_API pll_op make_attention(const AttentionSpec& spec);
 // Samples every logit row as batch.sampler says.  Buffers: logits [logit rows, vocab].
 PLL_API pll_op make_sample(int64_t vocab_size);
 
-// Copies blocks src -> dst of a group, all layers' tensors given as buffers, each
+// Copies blocks src -> dst of a group in the order given, all layers' tensors as buffers, each
 // [num_blocks, block_bytes] whatever its dtype.
 PLL_API pll_op make_copy_blocks(int32_t kv_group);
 
