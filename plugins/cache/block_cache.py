@@ -287,7 +287,8 @@ class BlockCache(KVCache):
         held.next_work = (full + 1) * size
         for g, window in enumerate(self._windows):
             if window is not None:
-                self._drop(held, g, max(0, held.computed - window + 1) // size)
+                # One block is kept beyond the window: a sequence may go back a little.
+                self._drop(held, g, max(0, held.computed - window + 1) // size - 1)
 
     def _drop(self, held: _Held, group: int, first: int) -> None:
         """The blocks before ``first`` fell out of the window."""
@@ -308,8 +309,8 @@ class BlockCache(KVCache):
         self._tree.leave(node)
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """Raises ``ValueError`` for a length before the last commit whose window is gone (free
-        the sequence and acquire it again)."""
+        """Raises ``ValueError`` for a length more than a block before the last commit if its
+        window is gone (free the sequence and acquire it again)."""
         held, size = self._held[seq_id], self.block_size
         if num_tokens < held.computed:
             for window, first in zip(self._windows, held.first, strict=True):

@@ -10,11 +10,12 @@ MAX_SLOTS = 2**31 - 1  # a slot (block * block_size + offset) is an int32
 
 
 def steady_blocks(num_tokens: int, window: int | None, block_size: int) -> int:
-    """Blocks that a sequence of ``num_tokens`` holds while it decodes."""
+    """Blocks that a sequence of ``num_tokens`` holds while it decodes: with a window, those that
+    it touches and one more, so that the sequence can go back by a block."""
     blocks = -(-num_tokens // block_size)
     if window is None:
         return blocks
-    return min(blocks, -(-(window - 1) // block_size) + 1)
+    return min(blocks, -(-(window - 1) // block_size) + 2)
 
 
 def peak_blocks(num_tokens: int, window: int | None, block_size: int, chunk: int) -> int:

@@ -1,0 +1,60 @@
+"""The built-in strategies pass the suites that third parties run."""
+
+from pyllmlite.testing import (
+    AttentionConformance,
+    CacheConformance,
+    DecoderConformance,
+    QuantizerConformance,
+    SchedulerConformance,
+)
+from pyllmlite_plugins.attention.flash import Flash
+from pyllmlite_plugins.attention.reference import Reference
+from pyllmlite_plugins.cache.contiguous import Contiguous
+from pyllmlite_plugins.cache.paged import Paged
+from pyllmlite_plugins.decoder.sample import Sample
+from pyllmlite_plugins.quantizer.none import Unquantized
+from pyllmlite_plugins.quantizer.rtn import RoundToNearest
+from pyllmlite_plugins.scheduler.continuous import Continuous
+from pyllmlite_plugins.scheduler.static import Static
+
+
+class TestFlash(AttentionConformance):
+    strategy = Flash
+
+
+class TestFlashContiguous(AttentionConformance):
+    strategy = Flash
+    cache = Contiguous
+
+
+class TestReference(AttentionConformance):
+    strategy = Reference
+
+
+class TestPaged(CacheConformance):
+    strategy = Paged
+
+
+class TestContiguous(CacheConformance):
+    strategy = Contiguous
+    operations = 2_000
+
+
+class TestUnquantized(QuantizerConformance):
+    strategy = Unquantized
+
+
+class TestRoundToNearest(QuantizerConformance):
+    strategy = RoundToNearest
+
+
+class TestContinuous(SchedulerConformance):
+    strategy = Continuous
+
+
+class TestStatic(SchedulerConformance):
+    strategy = Static
+
+
+class TestSample(DecoderConformance):
+    strategy = Sample
