@@ -26,7 +26,7 @@ CHUNK_ELEMENTS = 4 << 20  # 16 MB of float32: what a row-wise quantizer is given
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a fused matrix, padded with zero rows to ``rows`` and columns to ``columns``."""
+    """One tensor of a fused matrix, padded with zeros to ``rows`` and ``columns``."""
 
     name: str
     rows: int
@@ -91,7 +91,8 @@ def plan_matrices(spec: ModelSpec) -> list[MatrixPlan]:
             (at + "v.weight", spec.kv_size),
         ]
         plans.append(plan(at + "qkv", "qkv", qkv, hidden))
-        plans.append(plan(at + "attn_out", "attn_out", [(at + "attn_out.weight", hidden)], spec.q_size))
+        out = [(at + "attn_out.weight", hidden)]
+        plans.append(plan(at + "attn_out", "attn_out", out, spec.q_size))
         if spec.gated:
             halves = [(at + "gate.weight", inner), (at + "up.weight", inner)]
             plans.append(plan(at + "gate_up", "gate_up", halves, hidden))
