@@ -1,7 +1,8 @@
-"""``none``: weights stay floats, float32 or bfloat16."""
+"""``none``: weights stay what they are: floats, or the blocks they were shipped in."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,12 @@ from pyllmlite_plugins.quantizer.checks import require_finite
 
 
 class Unquantized(Quantizer):
-    """Float32 as it is, or rounded to the nearest bfloat16 (ties to even)."""
+    """Float32 as it is, or rounded to the nearest bfloat16 (ties to even).
+
+    Blocks that a packed format holds exactly (GGUF's Q4_0, Q4_1, Q8_0) are kept.  With dtype
+    f32 their inputs stay floats, so that the logits are those of the dequantized weights; with
+    bf16 the inputs are quantized to int8 per row and group, which is what is fast.
+    """
 
     name = "none"
     priority = 50
@@ -26,6 +32,9 @@ class Unquantized(Quantizer):
         if need.dtype not in ("f32", "bf16"):
             return f"keeps f32 or bf16, not {need.dtype!r}"
         return None
+
+    def keep(self, shape: LinearShape, stored: LinearWeight) -> LinearWeight | None:
+        return replace(stored, int8_activations=self.needs.dtype != "f32")
 
     def quantize(
         self, shape: LinearShape, weight: np.ndarray, calibration: Any = None
