@@ -50,6 +50,12 @@ class RoundToNearest(Quantizer):
         self.symmetric = bool(needs.symmetric)
         self.int8_activations = bool(needs.extra.get("int8_activations", True))
 
+    def bits_per_weight(self, shape: LinearShape) -> float:
+        eight = self.bits == 8 or shape.kind in ("embed", "head")
+        group = self.group_size if self.bits == 8 or not eight else 0
+        halves = 1 if eight or self.symmetric else 2  # scale, and minimum
+        return (8 if eight else 4) + 16.0 * halves / (group or shape.in_features)
+
     def quantize(
         self, shape: LinearShape, weight: np.ndarray, calibration: Any = None
     ) -> LinearWeight:

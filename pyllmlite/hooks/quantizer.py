@@ -44,6 +44,10 @@ class Quantizer(Strategy):
     def __init__(self, needs: QuantizerNeeds) -> None:
         self.needs = needs
 
+    def bits_per_weight(self, shape: LinearShape) -> float:
+        """Bits that a weight of this matrix will take, scales included: for sizing."""
+        return 32.0 if self.needs.dtype == "f32" else 16.0
+
     def keep(self, shape: LinearShape, stored: LinearWeight) -> LinearWeight | None:
         """A matrix that arrives quantized in a packed format: return it, as it is or with
         another activation mode, to run it without rounding it again; None: it is turned to

@@ -16,6 +16,7 @@ from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
+from pyllmlite.model import blocks
 from pyllmlite.model.builder import ModelBuilder
 from pyllmlite.model.source import ModelSource, open_model
 from pyllmlite.model.weights import plan_matrices
@@ -25,8 +26,10 @@ from pyllmlite.runtime.program import ITEM_BYTES, Program, ProgramBuilder
 if TYPE_CHECKING:
     from pyllmlite import _native
     from pyllmlite.core.spec import ModelSpec
+    from pyllmlite.core.weights import LinearShape
     from pyllmlite.hooks.cache import KVCache
     from pyllmlite.hooks.decoder import Decoder, Proposer
+    from pyllmlite.hooks.quantizer import Quantizer
     from pyllmlite.hooks.scheduler import Scheduler
 
 log = logging.getLogger("pyllmlite")
@@ -139,6 +142,13 @@ def build(
     )
     quantizer = select("quantizer", config.quantizer, quantizer_needs)(quantizer_needs)
 
+    weight_bytes = _expected_weight_bytes(source, quantizer, shapes)
+    if weight_bytes > _available_memory():
+        raise CapacityError(
+            f"the model does not fit: its weights take {weight_bytes / 1e9:.1f} GB with quantizer "
+            f"{quantizer.name!r}, {_available_memory() / 1e9:.1f} GB are free; "
+            "use fewer bits (quantizer='rtn', bits=4) or a smaller model"
+        )
     cache_needs = CacheNeeds(
         device=device,
         dtype=dtype,
@@ -149,7 +159,8 @@ def build(
         max_model_len=max_model_len,
         max_rows=config.max_num_seqs,
         max_num_batched_tokens=batched,
-        max_bytes=config.kv_cache_bytes or _kv_bytes(spec, source, dtype, config, max_model_len),
+        max_bytes=config.kv_cache_bytes
+        or _kv_bytes(spec, weight_bytes, dtype, config, max_model_len),
         kv_dtype=config.kv_cache_dtype,
         block_size=config.block_size,
         prefix_caching=config.enable_prefix_caching,
@@ -251,7 +262,7 @@ def _kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
 
 
 def _kv_bytes(
-    spec: ModelSpec, source: ModelSource, dtype: str, config: EngineConfig, max_model_len: int
+    spec: ModelSpec, weight_bytes: int, dtype: str, config: EngineConfig, max_model_len: int
 ) -> int:
     """Room for every row at full length, up to 4 GiB and 40 % of what is free beside the
     weights.  Pages are touched when they are first written, so unused room costs nothing."""
@@ -260,19 +271,35 @@ def _kv_bytes(
     block = config.block_size or 16
     length = -(-max_model_len // block) * block
     everything = int(per_token * length * config.max_num_seqs)
-    free = max(0, _available_memory() - source.weight_bytes)
+    free = max(0, _available_memory() - weight_bytes)
     return max(min(everything, DEFAULT_KV_BYTES, int(0.4 * free)), int(per_token * block))
 
 
+def _expected_weight_bytes(
+    source: ModelSource, quantizer: Quantizer, shapes: tuple[LinearShape, ...]
+) -> int:
+    bits = sum(s.out_features * s.in_features * quantizer.bits_per_weight(s) for s in shapes)
+    kept = blocks.fits(source.stored_dtype, blocks.GROUP)
+    return min(int(bits / 8), source.weight_bytes) if kept else int(bits / 8)
+
+
 def _available_memory() -> int:
+    """Bytes this process may still take: what the machine has free, within its cgroup's limit."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/proc/meminfo", encoding="ascii") as meminfo:
             for line in meminfo:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    available = int(line.split()[1]) * 1024
     except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        pass  # no Linux: all of the machine's memory
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            with open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
+                available = min(available, max(0, int(limit.read()) - int(used.read())))
+    except (OSError, ValueError):
+        pass  # no cgroup v2, or "max": no limit
+    return available
 
 
 def _fit_length(config: EngineConfig, cache: KVCache, max_model_len: int) -> int:
