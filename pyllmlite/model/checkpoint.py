@@ -1,4 +1,4 @@
-"""What every checkpoint reader offers: named tensors, memory-mapped, turned to float32 on demand."""
+"""What every checkpoint reader offers: named tensors, memory-mapped, float32 on demand."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _k_scales(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _k_nibbles(packed: np.ndarray) -> np.ndarray:
-    """128 bytes in four runs of 32: low nibbles of a run, then its high ones: ``[blocks, 8, 32]``."""
+    """Four runs of 32 bytes: low nibbles of a run, then its high ones: ``[blocks, 8, 32]``."""
     runs = packed.reshape(-1, 4, 1, 32)
     return np.concatenate([runs & 0x0F, runs >> 4], axis=2).reshape(-1, 8, 32)
 

@@ -116,7 +116,7 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         file = MappedFile(self.path)
-        cursor = _Cursor(self.path, memoryview(file.data))
+        cursor = _Cursor(self.path, file.data.data)
         if bytes(cursor.data[:4]) != MAGIC:
             raise ModelError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF')")
         cursor.at = 4

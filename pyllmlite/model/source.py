@@ -1,8 +1,9 @@
-"""One model on disk, whatever its format: its spec, its tensors by canonical name, its tokenizer."""
+"""One model on disk, whatever its format: its spec, its tensors, its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,7 +236,7 @@ class ModelSource:
         return None if mapped is None else mapped.float32()
 
     def raw(self, name: str) -> MappedTensor | None:
-        """A canonical tensor as it is stored: row slices by ``float32(rows)``, bytes by ``raw()``."""
+        """A canonical tensor as it is stored: ``float32(rows)`` gives rows, ``raw()`` bytes."""
         return self._mapped.get(name)
 
     def tokenizer(self) -> Tokenizer:
@@ -300,8 +301,13 @@ def _object(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def open_model(name_or_path: str | Path | None = None, progress: bool = True) -> ModelSource:
-    """Open a path, an alias (``smollm2-135m``; also None) or a hub name (``org/name``)."""
+def open_model(
+    name_or_path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    revision: str | None = None,
+) -> ModelSource:
+    """Open a path, an alias (``smollm2-135m``; also None) or a hub name (``org/name``), which is
+    fetched if it is not here yet (:func:`pyllmlite.model.hub.resolve`)."""
     from pyllmlite.model.hub import resolve
 
-    return open_checkpoint(resolve(name_or_path, progress))
+    return open_checkpoint(resolve(name_or_path, progress, revision))

@@ -202,7 +202,7 @@ class Architecture:
 def rope_spec(
     config: Config, head_dim: int, layer_type: str | None = None, theta: float = 10000.0
 ) -> RopeSpec:
-    """From ``rope_parameters`` (flat, or one a layer type) or ``rope_theta`` and ``rope_scaling``."""
+    """From ``rope_parameters`` (flat or by layer type), or ``rope_theta`` and ``rope_scaling``."""
     found = config.get("rope_parameters", "rope_scaling", default={})
     if layer_type is not None and isinstance(found, dict) and isinstance(
         found.get(layer_type), dict
