@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from pyllmlite._version import __version__
+
 # Public name -> module that holds it.  Loaded on first use, so that `import pyllmlite` costs
 # next to nothing and a plugin that only needs `hookimpl` never loads the engine.
 _EXPORTS: dict[str, str] = {
@@ -35,15 +37,8 @@ __all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib import metadata
-
-        try:
-            value: Any = metadata.version("pyllmlite")
-        except metadata.PackageNotFoundError:
-            value = "0.0.0+source"
-    elif name in _EXPORTS:
-        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _EXPORTS:
+        value: Any = getattr(importlib.import_module(_EXPORTS[name]), name)
     else:
         raise AttributeError(f"module 'pyllmlite' has no attribute {name!r}")
     globals()[name] = value

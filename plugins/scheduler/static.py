@@ -27,8 +27,8 @@ class Static(Scheduler):
             if not run_all(step, [s for s in step.running if s.num_uncomputed > 1]):
                 for seq in waiting:
                     step.run(seq)
-            # If this step's tokens did not suffice for all who wait, the next one goes on.
-            self._filling = step.budget < before and step.free_rows > 0
-            if step.budget < before:
+            # If this step's tokens did not suffice for everybody, the next one goes on.
+            self._filling = step.budget < before
+            if self._filling:
                 return
         run_all(step, list(step.running))

@@ -73,12 +73,17 @@ class CacheModel:
         self.free_rows = list(range(needs.max_rows))
         self.next_id = 0
         self.refused = 0  # steps in which somebody found no room
-        starts = [[self.rng.randint(0, 9) for _ in range(70)] for _ in range(3)]
-        self._starts = starts
+        self._starts = [self._beginning() for _ in range(3)]
+
+    def _beginning(self) -> list[int]:
+        """What prompts have in common."""
+        return [self.rng.randint(0, 9) for _ in range(70)]
 
     # -- what may happen -----------------------------------------------------------------------
     def arrive(self) -> None:
         line = Line([], self.rng.choice([0, 0, 0, 1]))
+        if self.rng.random() < 0.2:
+            self._starts[self.rng.randrange(3)] = self._beginning()
         start = self.rng.choice(self._starts)
         for token in start[: self.rng.randint(0, 70)]:
             line.extend(token)
@@ -225,7 +230,7 @@ class CacheModel:
         """One random operation, and the integrity check."""
         actions = [self.arrive, self.start, self.step, self.fork, self.truncate]
         actions += [self._abort, self._give_way]
-        action = self.rng.choices(actions, [8, 14, 50, 6, 5, 7, 6])[0]
+        action = self.rng.choices(actions, [10, 20, 50, 4, 4, 4, 4])[0]
         if action is self.arrive and len(self.waiting) > 12:
             action = self.start
         action()
@@ -271,18 +276,18 @@ class CacheConformance(Conformance):
         return None if self.strategy.supports(needs) is not None else needs
 
     def test_random_operations(self) -> None:
-        needs = self.supported(self.windows[0], 640)
+        needs = self.supported(self.windows[0], 320)
         if needs is not None:
             self._random(needs, self.operations, 1)
 
     def test_random_operations_with_windows(self) -> None:
         for seed, windows in enumerate(self.windows[1:]):
-            needs = self.supported(windows, 400)
+            needs = self.supported(windows, 320)
             if needs is not None:
                 self._random(needs, self.operations // 5, seed)
 
     def test_random_operations_without_prefix_caching(self) -> None:
-        needs = self.supported(self.windows[0], 640, prefix_caching=False)
+        needs = self.supported(self.windows[0], 320, prefix_caching=False)
         if needs is not None:
             self._random(needs, self.operations // 5, 7)
 
