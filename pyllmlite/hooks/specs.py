@@ -21,23 +21,28 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def pyllmlite_attentions() -> Sequence[type[Attention]]:
     """How queries read keys and values."""
+    return ()
 
 
 @hookspec
 def pyllmlite_caches() -> Sequence[type[KVCache]]:
     """Where keys and values live."""
+    return ()
 
 
 @hookspec
 def pyllmlite_quantizers() -> Sequence[type[Quantizer]]:
     """How a weight becomes a packed format."""
+    return ()
 
 
 @hookspec
 def pyllmlite_schedulers() -> Sequence[type[Scheduler]]:
     """Who runs in a step."""
+    return ()
 
 
 @hookspec
 def pyllmlite_decoders() -> Sequence[type[Decoder | Proposer | Constraint]]:
     """How tokens are proposed, restricted and chosen."""
+    return ()

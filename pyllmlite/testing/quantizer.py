@@ -135,7 +135,8 @@ class QuantizerConformance(Conformance):
             assert whole.input_scale is None and whole.input_permutation is None
             part = self.quantize(quantizer, weight[7:12])
             assert (part.values == whole.values[7:12]).all()
-            assert part.scales is None or (part.scales == whole.scales[7:12]).all()
+            if part.scales is not None and whole.scales is not None:
+                assert (part.scales == whole.scales[7:12]).all()
 
     def test_not_finite_is_refused(self) -> None:
         for quantizer in self.made():

@@ -1,0 +1,15 @@
+"""A pyllmlite plugin: its hooks return the classes that it brings."""
+
+from pyllmlite import hookimpl
+from pyllmlite_example_plugin.fair import Fair
+from pyllmlite_example_plugin.prompt_lookup import PromptLookup
+
+
+@hookimpl
+def pyllmlite_schedulers():
+    return [Fair]
+
+
+@hookimpl
+def pyllmlite_decoders():
+    return [PromptLookup]
