@@ -15,7 +15,7 @@ namespace pyllmlite::PLL_NS {
 namespace {
 
 constexpr int64_t LOCAL_BYTES = 32 * 1024;  // of prepared rows that each thread makes for itself
-constexpr int64_t BLOCK_ROWS = 96;          // a multiple of every MAX_ROWS
+constexpr int64_t BLOCK_ROWS = 96;          // a multiple of every max_rows
 constexpr int64_t TILE_WIDTH = 4;           // panels to a tile
 constexpr int64_t MAX_SEGMENT = 65536;      // 255 * 127 * MAX_SEGMENT fits int32
 
@@ -109,7 +109,7 @@ void run_tile(const Linear& op, const uint8_t* rows, int64_t num_rows, int64_t f
   const PackedLinear& weight = s.spec.weight;
   constexpr int64_t STRIDE = TILE_WIDTH * 16;
   memset(acc, 0, static_cast<size_t>(num_rows * STRIDE) * sizeof(float));
-  const int64_t groups = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t groups = (num_rows + s.max_rows - 1) / s.max_rows;
   const int64_t size = num_rows / groups, larger = num_rows % groups;
   const int64_t k_block = groups > 1 ? s.k_block : s.row.k;
   TileArgs args;
@@ -168,7 +168,7 @@ void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers
 
   const bool local =
       rows * s.row.bytes <= LOCAL_BYTES && (threads == 1 || !overlap(x, out, batch->num_tokens));
-  const int64_t slice = local ? rows : round_up((rows + threads - 1) / threads, MAX_ROWS);
+  const int64_t slice = local ? rows : round_up((rows + threads - 1) / threads, s.max_rows);
   if (!local && (slice > s.slice_rows || threads > s.num_slices)) {
     ctx->fail(ctx, "linear: more rows or threads than the Program was finished for");
     return;
@@ -190,7 +190,7 @@ void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers
   // Row blocks lie within slices, all of one size but the last of each.
   const int64_t num_slices = (rows + slice - 1) / slice;
   const int64_t blocks = (slice + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const int64_t block = round_up((slice + blocks - 1) / blocks, MAX_ROWS);
+  const int64_t block = round_up((slice + blocks - 1) / blocks, s.max_rows);
   const int64_t row_tiles = num_slices * blocks;
   const int64_t narrowest = s.spec.gated ? 2 : 1;
   int64_t width = TILE_WIDTH;
@@ -225,7 +225,7 @@ size_t linear_scratch(void* pointer, int32_t max_num_tokens, int32_t num_threads
   free(s.slices);
   s.slices = static_cast<const uint8_t**>(calloc(static_cast<size_t>(num_threads), sizeof(void*)));
   s.num_slices = s.slices ? num_threads : 0;
-  s.slice_rows = round_up((max_num_tokens + num_threads - 1) / num_threads, MAX_ROWS);
+  s.slice_rows = round_up((max_num_tokens + num_threads - 1) / num_threads, s.max_rows);
   const int64_t bytes = s.slice_rows * s.row.bytes;
   return static_cast<size_t>(s.rows_at + (bytes > LOCAL_BYTES ? bytes : LOCAL_BYTES));
 }
@@ -280,6 +280,7 @@ void set_layout(LinearState* s) {
   row.num_segments = 0;
   row.segments_per_group = row.segments_per_activation_group = 1;
   row.type = RowType::F32;
+  s->max_rows = quantized && spec.int8_activations ? MAX_INT_ROWS : MAX_ROWS;
   s->panel_scales = 0;
   switch (w.format) {
     case WeightFormat::F32:
@@ -370,7 +371,7 @@ pll_op make_linear(const LinearSpec& spec) {
   const WeightFormat format = spec.weight.format;
   const bool quantized = format == WeightFormat::INT8 || format == WeightFormat::INT4;
   const int panels[3] = {1, TILE_PANELS, WIDE_PANELS};
-  for (int rows = 1; rows <= MAX_ROWS; ++rows) {
+  for (int rows = 1; rows <= static_cast<int>(linear->state.max_rows); ++rows) {
     for (int i = 0; i < 3; ++i) {
       linear->kernels[rows][i] =
           quantized ? quant_kernel(format, linear->state.row.type, rows, panels[i])

@@ -11,17 +11,20 @@ struct Accumulators {
 
   inline __attribute__((always_inline)) void load(const TileArgs& a) {
     PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-      PLL_UNROLL for (int p = 0; p < PANELS; ++p) v[r][p] = vload(a.acc + r * a.acc_stride + p * 16);
+      const float* from = a.acc + r * a.acc_stride;
+      PLL_UNROLL for (int p = 0; p < PANELS; ++p) v[r][p] = vload(from + p * 16);
     }
   }
   inline __attribute__((always_inline)) void store(const TileArgs& a) const {
     PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-      PLL_UNROLL for (int p = 0; p < PANELS; ++p) vstore(a.acc + r * a.acc_stride + p * 16, v[r][p]);
+      float* to = a.acc + r * a.acc_stride;
+      PLL_UNROLL for (int p = 0; p < PANELS; ++p) vstore(to + p * 16, v[r][p]);
     }
   }
 };
 
-// Weights are read once per tile: ask for them this many bytes ahead where few rows reuse them.
+// Weights stream from memory once a tile: ask for them this many bytes ahead, but for the
+// largest tiles, which lack the registers.
 constexpr int64_t AHEAD = 1024;
 
 template <int ROWS, int PANELS>
@@ -39,7 +42,7 @@ struct F32Kernel {
       vf b[PANELS];
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         b[p] = vload(w[p] + k * 16);
-        if (ROWS <= 3) prefetch(reinterpret_cast<const char*>(w[p] + k * 16) + AHEAD);
+        if (ROWS * PANELS <= 16) prefetch(w[p] + k * 16 + AHEAD / 4);
       }
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         const vf value = vset1(x[r][k]);
@@ -66,7 +69,7 @@ struct BF16Kernel {
       __m512bh b[PANELS];
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         b[p] = (__m512bh)_mm512_loadu_si512(w[p] + i * 64);
-        if (ROWS <= 3) prefetch(w[p] + i * 64 + AHEAD);
+        if (ROWS * PANELS <= 16) prefetch(w[p] + i * 64 + AHEAD);
       }
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         int32_t pair;
@@ -123,7 +126,7 @@ struct BF16Kernel {
       vf even[PANELS], odd[PANELS];
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         load_pairs(w[p] + i * 64, &even[p], &odd[p]);
-        if (ROWS <= 3) prefetch(w[p] + i * 64 + AHEAD);
+        if (ROWS * PANELS <= 16) prefetch(w[p] + i * 64 + AHEAD);
       }
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         const vf value = vset1(x[r][2 * i]);
@@ -144,8 +147,8 @@ struct BF16Kernel {
 }  // namespace
 
 TileKernel float_kernel(WeightFormat format, int rows, int panels) {
-  return format == WeightFormat::F32 ? KernelTable<F32Kernel>::find(rows, panels)
-                                     : KernelTable<BF16Kernel>::find(rows, panels);
+  return format == WeightFormat::F32 ? KernelTable<F32Kernel, MAX_ROWS>::find(rows, panels)
+                                     : KernelTable<BF16Kernel, MAX_ROWS>::find(rows, panels);
 }
 
 }  // namespace pyllmlite::PLL_NS

@@ -42,6 +42,7 @@ struct LinearState {
   int64_t panel_bytes;
   int64_t panel_scales;  // elements of scales, and of mins, per panel
   int64_t k_block;       // columns per pass over a tile
+  int64_t max_rows;      // per register tile, for this format
   int64_t slice_rows;    // prepared rows that fit a thread's scratch
   int64_t acc_at, rows_at;  // bytes from the scratch's start
   const uint8_t** slices;   // [threads] where each thread's rows stand
@@ -70,18 +71,21 @@ typedef void (*TileKernel)(const TileArgs&);
 // WIDE_ROWS rows, where weights stream from memory and several panels in flight hide latency.
 #if PLL_ISA >= PLL_ISA_AVX512
 static constexpr int MAX_ROWS = 12, TILE_PANELS = 2, WIDE_ROWS = 3, WIDE_PANELS = 4;
+static constexpr int MAX_INT_ROWS = 8;  // more spill registers: 60 % of the speed
 #elif PLL_ISA == PLL_ISA_AVX2
 static constexpr int MAX_ROWS = 6, TILE_PANELS = 1, WIDE_ROWS = 1, WIDE_PANELS = 4;
+static constexpr int MAX_INT_ROWS = 4;
 #else
 static constexpr int MAX_ROWS = 2, TILE_PANELS = 1, WIDE_ROWS = 0, WIDE_PANELS = 1;
+static constexpr int MAX_INT_ROWS = 2;
 #endif
 
-// panels: 1, TILE_PANELS, or WIDE_PANELS where rows <= WIDE_ROWS.
+// panels: 1, TILE_PANELS, or WIDE_PANELS where rows <= WIDE_ROWS.  Int8 rows: rows <= MAX_INT_ROWS.
 TileKernel float_kernel(WeightFormat format, int rows, int panels);
 TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels);
 
-// Table of Kernel<ROWS, PANELS>::run for rows 1..MAX_ROWS, for the factories above.
-template <template <int, int> class Kernel, int ROWS = MAX_ROWS>
+// Table of Kernel<ROWS, PANELS>::run for rows 1..ROWS, for the factories above.
+template <template <int, int> class Kernel, int ROWS>
 struct KernelTable {
   static TileKernel find(int rows, int panels) {
     if (rows != ROWS) return KernelTable<Kernel, ROWS - 1>::find(rows, panels);

@@ -10,7 +10,7 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
-constexpr int64_t AHEAD = 1024;  // bytes of weights asked for early, where few rows reuse them
+constexpr int64_t AHEAD = 1024;  // bytes of weights asked for early
 
 struct Segment {
   int64_t index;
@@ -87,7 +87,7 @@ struct IntKernel {
         PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
           const uint8_t* from = w[p] + k * (64 / STEP);
           const vi raw = vi_load(from);
-          if (ROWS <= 3) prefetch(from + AHEAD);
+          if (ROWS * PANELS <= 16) prefetch(from + AHEAD);
           low[p] = INT4 ? u4_low(raw) : i8_prepare(raw);
           if (INT4) high[p] = u4_high(raw);
         }
@@ -95,8 +95,10 @@ struct IntKernel {
           int32_t four;
           memcpy(&four, x[r] + k, 4);
           const vi value = vi_set1(four);
-          PLL_UNROLL for (int p = 0; p < PANELS; ++p)
-              sum[r][p] = INT4 ? u4_dot(sum[r][p], low[p], value) : i8_dot(sum[r][p], low[p], value);
+          PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
+            sum[r][p] =
+                INT4 ? u4_dot(sum[r][p], low[p], value) : i8_dot(sum[r][p], low[p], value);
+          }
         }
         if (INT4) {
           PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -148,7 +150,7 @@ inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         const uint8_t* from = w[p] + k * (64 / STEP);
         raw[p] = vi_load(from);
-        if (ROWS <= 3) prefetch(from + AHEAD);
+        if (ROWS * PANELS <= 16) prefetch(from + AHEAD);
       }
 #define PLL_COLUMN(j, decode)                                        \
   PLL_UNROLL for (int p = 0; p < PANELS; ++p) code[p] = decode(raw[p]); \
@@ -205,11 +207,11 @@ struct Int4FloatRows {
 TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels) {
   const bool int4 = format == WeightFormat::INT4;
   if (type == RowType::INT8) {
-    return int4 ? KernelTable<Int4IntRows>::find(rows, panels)
-                : KernelTable<Int8IntRows>::find(rows, panels);
+    return int4 ? KernelTable<Int4IntRows, MAX_INT_ROWS>::find(rows, panels)
+                : KernelTable<Int8IntRows, MAX_INT_ROWS>::find(rows, panels);
   }
-  return int4 ? KernelTable<Int4FloatRows>::find(rows, panels)
-              : KernelTable<Int8FloatRows>::find(rows, panels);
+  return int4 ? KernelTable<Int4FloatRows, MAX_ROWS>::find(rows, panels)
+              : KernelTable<Int8FloatRows, MAX_ROWS>::find(rows, panels);
 }
 
 }  // namespace pyllmlite::PLL_NS

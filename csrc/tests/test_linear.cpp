@@ -244,9 +244,10 @@ pll_batch tokens(int64_t count) {
 std::vector<float> run(const Case& c, const std::vector<float>& x, int64_t rows, int threads,
                        const std::vector<float>& before) {
   std::vector<float> out = before;
+  const int64_t k = c.spec.weight.k;
   const std::string error =
       harness::run_op(make_linear(c.spec), tokens(rows),
-                      {harness::tensor(const_cast<float*>(x.data()), PLL_F32, rows, c.spec.weight.k),
+                      {harness::tensor(const_cast<float*>(x.data()), PLL_F32, rows, k),
                        harness::tensor(out.data(), PLL_F32, rows, c.columns())},
                       threads);
   check(error.empty(), "run: %s", error.c_str());
