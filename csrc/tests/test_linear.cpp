@@ -285,7 +285,8 @@ void compare(const std::string& isa, const Case& c, int64_t rows, int threads, R
   }
   check(worst <= 1,
         "%s: format %d n %d k %d group %d mins %d int8 %d (%d) rows %d gated %d norm %d act %d",
-        isa.c_str(), int(spec.weight.format), int(spec.weight.n), int(k), int(spec.weight.group_size),
+        isa.c_str(), int(spec.weight.format), int(spec.weight.n), int(k),
+        int(spec.weight.group_size),
         spec.weight.mins != nullptr, spec.int8_activations, int(spec.activation_group), int(rows),
         spec.gated, int(spec.norm.kind), int(spec.activation));
   check(harness::same_bits(out.data() + out_rows * columns, before.data() + out_rows * columns,
