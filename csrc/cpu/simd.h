@@ -35,7 +35,13 @@
 
 namespace pyllmlite::PLL_NS {
 
+// Under AddressSanitizer every inlined temporary gets a guarded place in the frame, and forced
+// inlining makes the compiler take minutes over a kernel.
+#if defined(__SANITIZE_ADDRESS__)
+#define PLL_INLINE static inline __attribute__((unused))
+#else
 #define PLL_INLINE static inline __attribute__((always_inline, unused))
+#endif
 
 // --- scalar conversions --------------------------------------------------------------------
 
