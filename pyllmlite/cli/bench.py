@@ -105,7 +105,8 @@ def bench(
     measure(llm, 1, prompt_tokens, 2)  # first touch of the weights
     rows, profiles = [], {}
     for size in batches:
-        print(f"batch {size} ...", end="\r", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"batch {size} ...", end="\r", file=sys.stderr, flush=True)
         if profile:
             llm.built.program.set_profiling(True)
         rows.append(measure(llm, size, prompt_tokens, new_tokens))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -225,8 +223,9 @@ def _read_history() -> None:
         import readline
     except ImportError:
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = cache / "pyllmlite" / "chat_history"
+    from pyllmlite.model.hub import cache_dir
+
+    file = cache_dir() / "chat_history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():

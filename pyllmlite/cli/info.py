@@ -73,10 +73,12 @@ def usable_cpus() -> int:
 
 
 def _cuda() -> str:
-    """One line about the CUDA part: was it built, is there a driver."""
+    """One line about the CUDA part: was it built, which devices there are."""
     from pyllmlite import _native
 
-    return str(_native.cuda_status())
+    told = _native.cuda_info()
+    names = ", ".join(f"{d['name']} ({size(d['total_bytes'])})" for d in told["devices"])
+    return names or str(told["reason"])
 
 
 def gather() -> dict[str, Any]:
@@ -139,7 +141,7 @@ def info(
     memory = facts["memory_bytes"]
     lines.append(("memory", size(memory) if memory else "not known"))
     for name in ("numpy", "torch", "transformers"):
-        lines.append((name, facts[name] or "not installed (not needed to run models)"))
+        lines.append((name, facts[name] or "not installed"))
     path = facts["default_model_path"]
     lines.append(
         (

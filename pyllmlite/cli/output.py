@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ def _plain(value: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, strictly valid."""
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    # Lists of numbers on one line.  No string is touched: in JSON none holds a line break.
+    print(re.sub(r"\[\n[-+.\deE,\s]*\]", lambda m: f"[{' '.join(m[0][1:-1].split())}]", text))
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

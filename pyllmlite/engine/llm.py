@@ -170,10 +170,12 @@ class LLM:
         if not _is_conversation(messages):
             raise RequestError('messages are a list of {"role": ..., "content": ...}')
         tokenizer = self.get_tokenizer()
-        ids = tokenizer.apply_chat_template(list(messages), **options)
-        if isinstance(ids, str):
-            return ids
-        return {"prompt_token_ids": ids}
+        text = tokenizer.apply_chat_template(list(messages), **options)
+        # The template has written BOS where the model wants it; a second one is not wanted.
+        return {
+            "prompt": text,
+            "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False),
+        }
 
     def _prepare(
         self,

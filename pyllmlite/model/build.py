@@ -241,7 +241,8 @@ def build(
 
 def _device(asked: str) -> str:
     if asked == "cuda":
-        raise ConfigError(f"device 'cuda' cannot be used: {native().cuda_status()}; use 'cpu'")
+        reason = native().cuda_info()["reason"] or "models run on the CPU only so far"
+        raise ConfigError(f"device 'cuda' cannot be used: {reason}; use 'cpu'")
     return "cpu"
 
 

@@ -5,7 +5,7 @@ import signal
 import threading
 
 import pytest
-from engine_fakes import drain, fake_built, greedy
+from engine_fakes import FakeTokenizer, drain, fake_built, greedy
 
 from pyllmlite.core.errors import RequestError
 from pyllmlite.core.sampling import SamplingParams
@@ -70,6 +70,21 @@ def test_chat_uses_the_template():
     assert len(llm.chat([conversation, conversation], GREEDY, use_tqdm=False)) == 2
     with pytest.raises(RequestError, match="messages"):
         llm.chat(["hi"], GREEDY)
+
+
+def test_chat_does_not_add_what_the_template_has_written(monkeypatch):
+    llm = made()
+
+    class WithBos(FakeTokenizer):
+        def encode(self, text, add_special_tokens=True):
+            return [77] * add_special_tokens + super().encode(text)
+
+    monkeypatch.setattr(llm.built, "tokenizer", WithBos())
+    conversation = [{"role": "user", "content": "hi"}]
+    (output,) = llm.chat(conversation, GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == ids_of("[user]hi")
+    (output,) = llm.generate("hi", GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == [77, *ids_of("hi")]
 
 
 def test_stream_grows_to_what_generate_gives():
