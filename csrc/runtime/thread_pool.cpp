@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -22,10 +23,19 @@
 namespace pyllmlite {
 namespace {
 
-// A sleep and a wake-up cost tens of microseconds; spinning longer than about that loses more
-// than it can win.  Between steps the host works for longer, so a job is waited for longer.
-constexpr std::chrono::nanoseconds kBarrierSpin = std::chrono::microseconds(50);
-constexpr std::chrono::nanoseconds kJobSpin = std::chrono::microseconds(200);
+using std::chrono::nanoseconds;
+
+// How long a thread spins before it sleeps.  A sleep and a wake-up cost tens of microseconds:
+// spinning longer than about that loses more than it can win.  It halves when it was in vain
+// (the thread waited for may need this very CPU) and doubles when it was not.
+struct Patience {
+  nanoseconds least, most, now;
+  void was(bool right) { now = right ? std::min(now * 2, most) : std::max(now / 2, least); }
+};
+constexpr nanoseconds kLeastSpin{4000};
+constexpr nanoseconds kBarrierSpin{50000};
+// Between steps the host works for longer.
+constexpr nanoseconds kJobSpin{200000};
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -48,16 +58,20 @@ class alignas(64) Gate {
     if (sleepers_.load(std::memory_order_seq_cst) != 0) wake();
   }
 
-  void wait(uint32_t old, std::chrono::nanoseconds spin) {
+  void wait(uint32_t old, Patience* patience) {
     if (phase() != old) return;
-    if (spin.count() > 0) {
-      const auto end = std::chrono::steady_clock::now() + spin;
+    if (patience->most.count() > 0) {
+      const auto end = std::chrono::steady_clock::now() + patience->now;
       do {
-        for (int i = 0; i < 32; ++i) {
-          if (phase() != old) return;
+        for (int i = 0; i < 16; ++i) {
+          if (phase() != old) {
+            patience->was(true);
+            return;
+          }
           pause();
         }
       } while (std::chrono::steady_clock::now() < end);
+      patience->was(false);
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     while (phase_.load(std::memory_order_seq_cst) == old) sleep(old);
@@ -94,6 +108,14 @@ class alignas(64) Gate {
 // Counts forks seen from the child, where the pool's threads are gone.
 std::atomic<uint32_t> fork_generation{0};
 
+// A thread's waits; padded, as each is written by its own thread.
+struct alignas(64) Waits {
+  Patience barrier, job;
+};
+// Of the pool that this thread is running in.
+thread_local const void* running_pool = nullptr;
+thread_local Waits* waits = nullptr;
+
 void count_forks() {
   static const int registered = pthread_atfork(
       nullptr, nullptr, [] { fork_generation.fetch_add(1, std::memory_order_relaxed); });
@@ -114,7 +136,11 @@ struct ThreadPool::State {
   State(int num_threads, const std::vector<int>& affinity)
       : num_threads(num_threads), generation(fork_generation.load(std::memory_order_relaxed)) {
     // With fewer CPUs than threads the one waited for may need this very CPU: sleep at once.
-    if (num_cpus() < num_threads) barrier_spin = job_spin = std::chrono::nanoseconds(0);
+    const bool spin = num_cpus() >= num_threads;
+    const Patience none{nanoseconds(0), nanoseconds(0), nanoseconds(0)};
+    const Patience at_barrier{kLeastSpin, kBarrierSpin, kBarrierSpin};
+    const Patience for_job{kLeastSpin, kJobSpin, kJobSpin};
+    all_waits.assign(num_threads, spin ? Waits{at_barrier, for_job} : Waits{none, none});
     threads.reserve(num_threads - 1);
     try {
       for (int t = 1; t < num_threads; ++t) threads.emplace_back([this, t] { work(t); });
@@ -147,8 +173,9 @@ struct ThreadPool::State {
   }
 
   void work(int thread) {
+    waits = &all_waits[thread];
     for (uint32_t seen = 0;; ++seen) {
-      job.wait(seen, job_spin);
+      job.wait(seen, &waits->job);
       if (stopping.load(std::memory_order_relaxed)) return;
       function(argument, thread);
       barrier();
@@ -162,14 +189,13 @@ struct ThreadPool::State {
       arrived.store(0, std::memory_order_relaxed);
       gate.open();
     } else {
-      gate.wait(phase, barrier_spin);
+      gate.wait(phase, &waits->barrier);
     }
   }
 
   const int num_threads;
   const uint32_t generation;
-  std::chrono::nanoseconds barrier_spin = kBarrierSpin;
-  std::chrono::nanoseconds job_spin = kJobSpin;
+  std::vector<Waits> all_waits;
   std::vector<std::thread> threads;
   std::mutex turn;
   std::atomic<bool> stopping{false};
@@ -179,11 +205,6 @@ struct ThreadPool::State {
   Gate gate;
   alignas(64) std::atomic<int> arrived{0};
 };
-
-namespace {
-// The pool that this thread is running in, to refuse a run inside a run.
-thread_local const void* running_pool = nullptr;
-}  // namespace
 
 ThreadPool::ThreadPool(int num_threads, std::vector<int> affinity)
     : num_threads_(num_threads), affinity_(std::move(affinity)) {
@@ -220,8 +241,8 @@ void ThreadPool::run(void (*function)(void*, int), void* argument) {
   State* state = state_;
   if (state->generation != fork_generation.load(std::memory_order_relaxed)) state = start();
   std::lock_guard<std::mutex> lock(state->turn);
-  const void* outer = running_pool;
-  running_pool = this;
+  const void* outer = std::exchange(running_pool, this);
+  Waits* outer_waits = std::exchange(waits, &state->all_waits[0]);
   if (num_threads_ > 1) {
     state->function = function;
     state->argument = argument;
@@ -230,6 +251,7 @@ void ThreadPool::run(void (*function)(void*, int), void* argument) {
   function(argument, 0);
   state->barrier();
   running_pool = outer;
+  waits = outer_waits;
 }
 
 void ThreadPool::barrier() { state_->barrier(); }
