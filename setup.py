@@ -90,14 +90,12 @@ class CleanBuildPy(build_py):
         super().run()
 
 
-plugins = []
-if (ROOT / "plugins").is_dir():
-    plugins = ["pyllmlite_plugins"]
-    plugins += [f"pyllmlite_plugins.{name}" for name in find_packages(str(ROOT / "plugins"))]
+plugins = ["pyllmlite_plugins"]
+plugins += [f"pyllmlite_plugins.{name}" for name in find_packages(str(ROOT / "plugins"))]
 
 setup(
     packages=find_packages(include=["pyllmlite", "pyllmlite.*"]) + plugins,
-    package_dir={"pyllmlite": "pyllmlite"} | ({"pyllmlite_plugins": "plugins"} if plugins else {}),
+    package_dir={"pyllmlite": "pyllmlite", "pyllmlite_plugins": "plugins"},
     package_data={"pyllmlite": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("pyllmlite._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},

@@ -14,15 +14,12 @@
 #define PLL_ISA_AVX512 2       // F, BW, DQ, VL, VNNI
 #define PLL_ISA_AVX512_BF16 3  // and BF16
 
-#ifndef PLL_NOT_YET
-#define PLL_NOT_YET
-#endif
 #ifndef PLL_DECLARE_NS
 #define PLL_DECLARE_NS(ns)                           \
   namespace pyllmlite::ns {                          \
-  PLL_NOT_YET pll_op make_linear(const LinearSpec& spec);        \
+  pll_op make_linear(const LinearSpec& spec);        \
   pll_op make_norm(const NormOpSpec& spec);          \
-  PLL_NOT_YET pll_op make_embed(const EmbedSpec& spec);          \
+  pll_op make_embed(const EmbedSpec& spec);          \
   pll_op make_rotary_store(const RotaryStoreSpec& spec); \
   pll_op make_attention(const AttentionSpec& spec);  \
   pll_op make_sample(int64_t vocab_size);            \

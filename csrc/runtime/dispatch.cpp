@@ -3,7 +3,6 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define PLL_NOT_YET __attribute__((weak))
 #include "cpu/factories.h"
 #include "pyllmlite/isa.h"
 
@@ -114,14 +113,9 @@ std::vector<std::string> available_isas() {
 std::string isa() { return current().name; }
 void set_isa(const std::string& name) { chosen.store(find(name), std::memory_order_release); }
 
-template <class F>
-F built(F factory) {
-  if (factory == nullptr) throw std::runtime_error("this build has no such kernel");
-  return factory;
-}
-pll_op make_linear(const LinearSpec& spec) { return built(current().linear)(spec); }
+pll_op make_linear(const LinearSpec& spec) { return current().linear(spec); }
 pll_op make_norm(const NormOpSpec& spec) { return current().norm(spec); }
-pll_op make_embed(const EmbedSpec& spec) { return built(current().embed)(spec); }
+pll_op make_embed(const EmbedSpec& spec) { return current().embed(spec); }
 pll_op make_rotary_store(const RotaryStoreSpec& spec) { return current().rotary_store(spec); }
 pll_op make_attention(const AttentionSpec& spec) { return current().attention(spec); }
 pll_op make_sample(int64_t vocab_size) { return current().sample(vocab_size); }
