@@ -90,7 +90,7 @@ class RawTensor:
             data = data[rows]  # a view for a slice, a copy of packed bytes for indices
         out = self._convert(data, columns)
         self._release(rows)
-        return out.reshape(-1, *self.shape[1:])
+        return out.reshape(out.shape[0], *self.shape[1:])
 
     def release(self) -> None:
         """Give the mapped pages back (they are read again when needed)."""
