@@ -10,17 +10,22 @@ def run_all(step: ScheduleStep, order: list[Sequence]) -> bool:
     """Run every sequence of ``order`` (running ones, most urgent first).  Where the cache has no
     room the last in the order is preempted: it has the least claim and, among equals, the least
     work to lose.  Returns whether any was."""
-    order = list(order)
-    preempted = False
-    i = 0
-    while i < len(order):
-        seq = order[i]
-        if step.run(seq) == 0:
+    run = step.run
+    for i, seq in enumerate(order):
+        if run(seq) == 0:
             if step.budget <= 0:
-                break
+                return False
             if step.blocked_by_cache(seq):
-                preempted = True
-                step.preempt(order.pop())
-                continue  # again with the same one, unless it was the last itself
-        i += 1
-    return preempted
+                _make_room(step, order[i:])
+                return True
+    return False
+
+
+def _make_room(step: ScheduleStep, order: list[Sequence]) -> None:
+    first = 0
+    while first < len(order):
+        seq = order[first]
+        if step.run(seq) == 0 and step.budget > 0 and step.blocked_by_cache(seq):
+            step.preempt(order.pop())  # then again with the same one, unless it was that one
+        else:
+            first += 1
