@@ -144,7 +144,7 @@ class ModelBuilder:
             scale=spec.scale,
             window=spec.layers[i].window,
             softcap=spec.attention_softcap,
-            alibi_slopes=slopes,
+            alibi_slopes=model_slopes(spec),
         )
         first = len(self.sink.entries)
         self.attention.add_ops(self.sink, layer, qkv, context, kv)
