@@ -167,6 +167,8 @@ class ModelSource:
             spec = architecture.spec(Config(config))
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from None
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+            raise ModelError(f"{path}: the config cannot be understood ({error})") from error
         names = GGUF_TENSORS | architecture.gguf_tensors if is_gguf else architecture.tensors
         prefix = "" if is_gguf else self._prefix(architecture)
         if not self._find(names.get("head.weight", ()), "", ""):

@@ -12,6 +12,7 @@ import numpy as np
 
 from pyllmlite.core.errors import ModelError
 from pyllmlite.core.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from pyllmlite.model.rope import SCALINGS
 
 MAX_LAYERS = 4096
 MAX_WIDTH = 1 << 20
@@ -225,8 +226,13 @@ def rope_spec(
     length = config.integer("max_position_embeddings", default=2048, high=1 << 30)
     if kind == "default":
         return RopeSpec(theta, rotary_dim, None, length)
+    kind = "longrope" if kind == "su" else kind
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise ModelError(
+            f"config: rope_type {str(kind)[:40]!r} is not known; known are {', '.join(SCALINGS)}"
+        )
     own = {k: v for k, v in found.items() if k not in ("type", "rope_theta")}
-    scaling: dict[str, Any] = {**own, "rope_type": {"su": "longrope"}.get(kind, kind)}
+    scaling: dict[str, Any] = {**own, "rope_type": kind}
     original = length
     if kind != "dynamic":
         original = config.integer(
