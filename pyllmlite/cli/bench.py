@@ -14,6 +14,7 @@ from pyllmlite.cli.options import ENGINE, shared
 from pyllmlite.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from pyllmlite.core.request import RequestOutput
     from pyllmlite.engine.llm import LLM
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, invoke_without_command=True)
@@ -37,10 +38,11 @@ def measure(llm: LLM, batch: int, prompt_tokens: int, new_tokens: int) -> dict[s
         max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False
     )
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    metrics = [output.metrics for output in outputs]
+    _check(outputs)
+    metrics = [output.metrics for output in outputs if output.metrics is not None]
     start = min(m.arrival_time for m in metrics)
-    first = max(m.first_token_time for m in metrics)
-    end = max(m.finished_time for m in metrics)
+    first = max(m.first_token_time or start for m in metrics)
+    end = max(m.finished_time or start for m in metrics)
     decoded = sum(len(o.outputs[0].token_ids) - 1 for o in outputs)
     steps = new_tokens - 1
     per_step = (end - first) / steps if steps else None
@@ -57,6 +59,14 @@ def measure(llm: LLM, batch: int, prompt_tokens: int, new_tokens: int) -> dict[s
         "seconds_per_step": per_step,
         "decode_bytes_per_second": moved / per_step if per_step else None,
     }
+
+
+def _check(outputs: list[RequestOutput]) -> None:
+    for output in outputs:
+        if output.error:
+            from pyllmlite.core.errors import StepError
+
+            raise StepError(output.error)
 
 
 def profile_by_op(profile: list[tuple[str, int, float]]) -> list[dict[str, Any]]:
