@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from pyllmlite.core.config import EngineConfig
@@ -137,7 +137,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         priority: int = 0,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """One prompt, or one conversation, as it grows: each output holds all that came so far.
 
         Text that may be the beginning of a stop string is held back.  Closing the iterator ends
@@ -149,7 +149,7 @@ class LLM:
         (state,) = self._prepare([prompt], [params], [priority], "", stream=True)
         return self._stream(state)
 
-    def _stream(self, state: RequestState) -> Iterator[RequestOutput]:
+    def _stream(self, state: RequestState) -> Generator[RequestOutput, None, None]:
         request_id = state.request.id
         arrived: deque[RequestOutput] = deque()
         self._submit([state], lambda s: arrived.append(request_output(s)))

@@ -38,6 +38,9 @@ def test_examples(page, model, monkeypatch, tmp_path):
         for block in blocks:
             line = page.read_text(encoding="utf-8")[: block.start(1)].count("\n")
             exec(compile("\n" * line + block[1], str(page), "exec"), names)
+        for suite in [v for n, v in names.items() if n.startswith("Test")]:
+            for name in [n for n in dir(suite) if n.startswith("test_")]:
+                getattr(suite(), name)()
     finally:
         registry._load.cache_clear()
 
