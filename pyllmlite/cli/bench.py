@@ -159,3 +159,43 @@ def bench(
                 for op in ops
             ],
         )
+
+
+@app.command("overhead")
+def overhead(
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch", "-b", help="Batch size; more than once: each.", show_default="1 16 64"
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a round.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    scheduler: Annotated[str, typer.Option(help="Scheduler by name.")] = "auto",
+    cache: Annotated[str, typer.Option(help="KV cache by name.")] = "auto",
+    decoder: Annotated[str, typer.Option(help="Decoder by name.")] = "sample",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What the engine itself costs: steps of a model of 2 layers, hidden size 64."""
+    from pyllmlite.engine.overhead import BATCHES, measure_overhead
+
+    result = measure_overhead(
+        tuple(batch or BATCHES),
+        steps,
+        rounds,
+        threads,
+        scheduler=scheduler,
+        cache=cache,
+        decoder=decoder,
+    )
+    if json:
+        print_json(result)
+        return
+    print_table(
+        ("batch", "step us", "native us", "engine us", "step us (p10)"),
+        [
+            (r["batch"], r["step_us"], r["native_us"], r["engine_us"], r["step_us_p10"])
+            for r in result["results"]
+        ],
+    )

@@ -99,7 +99,7 @@ class SamplingParams:
         integer("min_tokens", 0)
         integer("logprobs", 0, optional=True)
         integer("prompt_logprobs", 0, optional=True)
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+        if self.seed is not None and type(self.seed) is not int:
             raise RequestError(f"seed must be an integer, got {self.seed!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
@@ -112,7 +112,9 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids without it")
         if self.temperature == 0 and self.n > 1:
-            raise RequestError("n > 1 with temperature 0 gives n equal outputs; use temperature > 0")
+            raise RequestError(
+                "n > 1 with temperature 0 gives n equal outputs; use temperature > 0"
+            )
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not -100 <= bias <= 100:
                 raise RequestError(
