@@ -128,6 +128,7 @@ def build(
         max_model_len,
         spec.eos_token_ids,
         None if config.skip_tokenizer_init else _tokenizer(source, config),
+        config.max_logprobs,
     )
     decoder_class = select("decoder", config.decoder, None)
     proposer_class = (

@@ -135,7 +135,6 @@ class ModelBuilder:
             qk_norm_eps=spec.norm.eps,
         )
         self.cache.add_store_op(self.sink, store, qkv, kv)
-        slopes = model_slopes(spec)
         layer = AttentionLayer(
             index=i,
             num_heads=spec.num_heads,
@@ -145,6 +144,9 @@ class ModelBuilder:
             window=spec.layers[i].window,
             softcap=spec.attention_softcap,
             alibi_slopes=model_slopes(spec),
+            rotary_dim=store.rotary_dim,
+            cos=cos,
+            sin=sin,
         )
         first = len(self.sink.entries)
         self.attention.add_ops(self.sink, layer, qkv, context, kv)
