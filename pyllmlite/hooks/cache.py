@@ -144,7 +144,8 @@ class KVCache(Strategy):
         """A sequence starts on ``row``.  Takes over what is cached of its prefix and returns
         how many tokens that is (at most ``len(token_ids) - 1``: the last one must run); None:
         its prefix is being computed by another sequence in flight, try again next step.
-        ``salt``: everything besides the tokens that changes the KV (an adapter, say)."""
+        ``salt``: everything besides the tokens that changes the KV (an adapter, say).  Who finds
+        no room afterwards is freed again, so that nobody waits while holding blocks."""
 
     @abstractmethod
     def reserve(self, seq_id: int, num_tokens: int) -> bool:

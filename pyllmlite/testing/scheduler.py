@@ -108,20 +108,21 @@ class SchedulerConformance(Conformance):
         self._all_ended(engine, waits, "prefix in flight")
 
     def test_no_starvation(self) -> None:
-        """A big request gets through a stream of small ones that leaves room for it."""
-        engine = self.engine(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=20, block_size=8)
+        """A big request, whose prompt needs most of the cache at once, gets through a stream of
+        small ones."""
+        engine = self.engine(max_num_batched_tokens=256, num_blocks=20, block_size=8)
         rng = random.Random(5)
         big = None
         for i in range(1500):
             if i == 50:
-                big = engine.add(120, 8, client="big")
-            if i % 8 == 0:
-                engine.add(rng.randint(4, 20), 4, client="small")
+                big = engine.add(136, 8, client="big")
+            if i % 3 == 0:
+                engine.add(rng.randint(4, 20), 12, client="small")
             engine.step()
             if big is not None and big.status is Status.FINISHED:
                 break
         assert big is not None and big.status is Status.FINISHED, (
-            "a request of 120 tokens did not end in 1450 steps among small ones"
+            "a request of 136 tokens did not end in 1450 steps among small ones"
         )
 
     def _all_ended(self, engine: SimulatedEngine, added: list[Sequence], where: str) -> None:
