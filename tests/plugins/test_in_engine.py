@@ -12,20 +12,22 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from text_model import write_text_model
+from tiny_models import TINY
 
 from pyllmlite import LLM, Registry, SamplingParams
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model without window, and the same one seeing 24 tokens."""
+    """A model without window, the same one seeing 24 tokens, and one with layers of both kinds."""
     plain = write_text_model(tmp_path_factory.mktemp("plain"))
     window = write_text_model(tmp_path_factory.mktemp("window"))
     config = json.loads((window / "config.json").read_text())
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     config["sliding_window"] = 24
     (window / "config.json").write_text(json.dumps(config))
-    return {"plain": str(plain), "window": str(window)}
+    both = TINY["gemma3"](tmp_path_factory.mktemp("both"))
+    return {"plain": str(plain), "window": str(window), "both": str(both)}
 
 
 def load(path, **options):
@@ -72,18 +74,20 @@ def alone(models):
     return result
 
 
-SMALL = 2 * 2 * 32 * 4 * 16 * 16  # 16 blocks: two layers of K and V, two heads of 16
+MODELS = ["plain", "window", "both"]
+# About 16 blocks: layers times K and V times two heads of 16, in float32.
+SMALL = {"plain": 2 * 16 * 4096, "window": 2 * 16 * 4096, "both": 4 * 16 * 4096}
 
 
-@pytest.mark.parametrize("model", ["plain", "window"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("scheduler", ["continuous", "static"])
 @pytest.mark.parametrize(
     "options",
     [
         {"cache": "paged"},
-        {"cache": "paged", "kv_cache_memory": SMALL},
+        {"cache": "paged", "small": True},
         {"cache": "paged", "max_num_batched_tokens": 24, "max_num_seqs": 7},
-        {"cache": "paged", "enable_prefix_caching": False, "kv_cache_memory": SMALL},
+        {"cache": "paged", "enable_prefix_caching": False, "small": True},
         {"cache": "paged", "block_size": 32},
         {"cache": "contiguous", "max_num_seqs": 5},
     ],
@@ -91,6 +95,9 @@ SMALL = 2 * 2 * 32 * 4 * 16 * 16  # 16 blocks: two layers of K and V, two heads 
 )
 def test_a_request_does_not_feel_its_neighbours(models, alone, model, scheduler, options):
     prompts, params = requests()
+    options = dict(options)
+    if options.pop("small", False):
+        options["kv_cache_memory"] = SMALL[model]
     llm = load(models[model], scheduler=scheduler, **options)
     assert tokens(llm, prompts, params) == alone[model]
     cache = llm.built.cache
@@ -103,7 +110,7 @@ def test_a_request_does_not_feel_its_neighbours(models, alone, model, scheduler,
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("model", ["plain", "window"])
+@pytest.mark.parametrize("model", MODELS)
 def test_completions_share_the_prompt_and_differ(models, model):
     llm = load(models[model])
     prompt = list(range(40))
@@ -117,7 +124,7 @@ def test_completions_share_the_prompt_and_differ(models, model):
     llm.built.cache.check_integrity()
 
 
-@pytest.mark.parametrize("model", ["plain", "window"])
+@pytest.mark.parametrize("model", MODELS)
 def test_the_reference_attention_agrees(models, alone, model):
     prompts, params = requests()
     llm = load(models[model], attention="reference")
@@ -130,10 +137,11 @@ def test_the_reference_attention_agrees(models, alone, model):
     "prompt-lookup" not in Registry.load().names("decoder"),
     reason="examples/python-plugin is not installed",
 )
-@pytest.mark.parametrize("model", ["plain", "window"])
+@pytest.mark.parametrize("model", MODELS)
 def test_example_plugins_in_the_engine(models, alone, model):
     prompts, params = requests()
-    llm = load(models[model], scheduler="fair", proposer="prompt-lookup", kv_cache_memory=SMALL)
+    memory = SMALL[model]
+    llm = load(models[model], scheduler="fair", proposer="prompt-lookup", kv_cache_memory=memory)
     assert tokens(llm, prompts, params) == alone[model]
     llm.built.cache.check_integrity()
 
