@@ -102,11 +102,11 @@ PLL_INLINE void load_pairs(const uint8_t* p, vf* even, vf* odd) {
 }
 #else
 PLL_INLINE void load_pairs(const uint8_t* p, vf* even, vf* odd) {
-  uint16_t u[32];
+  u4 u[4];
   memcpy(u, p, sizeof(u));
   PLL_EACH {
-    even->v[i] = bf16_to_f32(u[2 * i]);
-    odd->v[i] = bf16_to_f32(u[2 * i + 1]);
+    even->v[i] = (f4)(u[i] << 16);
+    odd->v[i] = (f4)(u[i] & splat_bits(0xffff0000u));
   }
 }
 #endif

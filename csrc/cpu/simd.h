@@ -1,12 +1,12 @@
 // A vector of 16 floats, `vf`, for whichever instruction set PLL_ISA names.
 //
-// AVX-512: one zmm; AVX2: two ymm; scalar: float[16], which builds on any machine and which
-// compilers turn into SSE2 or NEON.  Everything is static inline inside PLL_NS, so that no copy
+// AVX-512: one zmm; AVX2: two ymm; scalar: compiler vectors of four, which build on any machine.
+// Everything is static inline inside PLL_NS, so that no copy
 // built for a newer machine can be linked into an older one's path (see factories.h).
 //
 // Order of reductions and of elementwise operations is the same for all sets.  vfma rounds once
-// where the set has a fused multiply-add (AVX2, AVX-512, AArch64, scalar with -mfma) and twice,
-// as a product and a sum, elsewhere.
+// where the machine has a fused multiply-add (AVX2, AVX-512, AArch64, scalar with -mfma) and
+// twice, as a product and a sum, elsewhere.
 #ifndef PYLLMLITE_CPU_SIMD_H
 #define PYLLMLITE_CPU_SIMD_H
 
@@ -31,6 +31,8 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace pyllmlite::PLL_NS {
@@ -238,31 +240,44 @@ PLL_INLINE __m256 vlow(vf a) { return a.lo; }
 PLL_INLINE __m256 vhigh(vf a) { return a.hi; }
 
 #else
+// Four vectors of four, in GCC's and Clang's vector extension: SSE2, NEON or whatever there is.
+typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+typedef uint32_t u4 __attribute__((vector_size(16)));
+typedef uint16_t h4 __attribute__((vector_size(8)));
+
 struct vf {
-  float v[16];
+  f4 v[4];
 };
 
-#define PLL_EACH for (int i = 0; i < 16; ++i)
+#define PLL_EACH _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i)
+
+PLL_INLINE f4 splat(float x) { return f4{x, x, x, x}; }
+PLL_INLINE u4 splat_bits(uint32_t x) { return u4{x, x, x, x}; }
+PLL_INLINE f4 pick(i4 mask, f4 x, f4 y) { return (f4)((mask & (i4)x) | (~mask & (i4)y)); }
 
 PLL_INLINE vf vset1(float x) {
   vf r;
-  PLL_EACH r.v[i] = x;
+  PLL_EACH r.v[i] = splat(x);
   return r;
 }
 PLL_INLINE vf vzero() { return vset1(0.0f); }
 PLL_INLINE vf vload(const float* p) {
   vf r;
-  memcpy(r.v, p, sizeof(r.v));
+  memcpy(&r, p, sizeof(r));
   return r;
 }
 PLL_INLINE vf vload_n(const float* p, int64_t n) {
-  vf r;
-  PLL_EACH r.v[i] = i < n ? p[i] : 0.0f;
-  return r;
+  if (n >= 16) return vload(p);
+  float tail[16] = {};
+  for (int64_t i = 0; i < n; ++i) tail[i] = p[i];
+  return vload(tail);
 }
-PLL_INLINE void vstore(float* p, vf a) { memcpy(p, a.v, sizeof(a.v)); }
+PLL_INLINE void vstore(float* p, vf a) { memcpy(p, &a, sizeof(a)); }
 PLL_INLINE void vstore_n(float* p, vf a, int64_t n) {
-  for (int64_t i = 0; i < n && i < 16; ++i) p[i] = a.v[i];
+  float all[16];
+  vstore(all, a);
+  for (int64_t i = 0; i < n && i < 16; ++i) p[i] = all[i];
 }
 PLL_INLINE vf vadd(vf a, vf b) {
   PLL_EACH a.v[i] = a.v[i] + b.v[i];
@@ -281,67 +296,89 @@ PLL_INLINE vf vdiv(vf a, vf b) {
   return a;
 }
 PLL_INLINE vf vfma(vf a, vf b, vf c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  PLL_EACH c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+#if defined(__aarch64__)
+  PLL_EACH c.v[i] = (f4)vfmaq_f32((float32x4_t)c.v[i], (float32x4_t)a.v[i], (float32x4_t)b.v[i]);
+#elif defined(__FMA__)
+  PLL_EACH for (int j = 0; j < 4; ++j) {
+    c.v[i][j] = __builtin_fmaf(a.v[i][j], b.v[i][j], c.v[i][j]);
+  }
 #else
   PLL_EACH c.v[i] = a.v[i] * b.v[i] + c.v[i];
 #endif
   return c;
 }
 PLL_INLINE vf vmax(vf a, vf b) {
-  PLL_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  PLL_EACH a.v[i] = pick((i4)(a.v[i] > b.v[i]), a.v[i], b.v[i]);
   return a;
 }
 PLL_INLINE vf vmin(vf a, vf b) {
-  PLL_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  PLL_EACH a.v[i] = pick((i4)(a.v[i] < b.v[i]), a.v[i], b.v[i]);
   return a;
 }
 PLL_INLINE vf vabs(vf a) {
-  PLL_EACH a.v[i] = __builtin_fabsf(a.v[i]);
+  PLL_EACH a.v[i] = (f4)((u4)a.v[i] & splat_bits(0x7fffffffu));
   return a;
 }
 PLL_INLINE vf vsqrt(vf a) {
-  PLL_EACH a.v[i] = __builtin_sqrtf(a.v[i]);
+  PLL_EACH for (int j = 0; j < 4; ++j) a.v[i][j] = __builtin_sqrtf(a.v[i][j]);
   return a;
 }
+PLL_INLINE f4 copysign4(f4 magnitude, f4 sign) {
+  const u4 bit = splat_bits(0x80000000u);
+  return (f4)(((u4)magnitude & ~bit) | ((u4)sign & bit));
+}
 PLL_INLINE vf vcopysign(vf m, vf s) {
-  PLL_EACH m.v[i] = __builtin_copysignf(m.v[i], s.v[i]);
+  PLL_EACH m.v[i] = copysign4(m.v[i], s.v[i]);
   return m;
 }
 PLL_INLINE vf vselect_gt(vf a, vf b, vf x, vf y) {
-  PLL_EACH y.v[i] = a.v[i] > b.v[i] ? x.v[i] : y.v[i];
+  PLL_EACH y.v[i] = pick((i4)(a.v[i] > b.v[i]), x.v[i], y.v[i]);
   return y;
 }
 PLL_INLINE vf vround(vf a) {
-  // Adding 1.5 * 2^23 rounds |a| < 2^22 to nearest even; larger magnitudes pass unchanged only
-  // where they are integral already, which from 2^23 on they are.
+  // |a| + 2^23 leaves no bits below the point; from 2^23 on a is integral already, or not finite.
   PLL_EACH {
-    const float x = a.v[i];
-    const float r = (x + 0x1.8p23f) - 0x1.8p23f;
-    a.v[i] = __builtin_fabsf(x) < 0x1p22f ? r : __builtin_rintf(x);
+    const f4 magnitude = (f4)((u4)a.v[i] & splat_bits(0x7fffffffu));
+    const f4 rounded = (magnitude + splat(0x1p23f)) - splat(0x1p23f);
+    a.v[i] = pick((i4)(magnitude < splat(0x1p23f)), copysign4(rounded, a.v[i]), a.v[i]);
   }
   return a;
 }
 PLL_INLINE vf vscale2(vf a, vf n) {
   PLL_EACH {
-    const int32_t e = (int32_t)(n.v[i] == n.v[i] ? n.v[i] : 0.0f);
-    const int32_t half = e >> 1;
-    a.v[i] = a.v[i] * bits_to_f32((uint32_t)(half + 127) << 23) *
-             bits_to_f32((uint32_t)(e - half + 127) << 23);
+    const f4 finite = pick((i4)(n.v[i] == n.v[i]), n.v[i], splat(0.0f));
+    const i4 e = __builtin_convertvector(finite, i4);
+    const i4 half = e >> 1;
+    const i4 rest = e - half;
+    a.v[i] = a.v[i] * (f4)((u4)(half + 127) << 23) * (f4)((u4)(rest + 127) << 23);
   }
   return a;
 }
+PLL_INLINE u4 load_u16(const uint16_t* p) {
+  h4 h;
+  memcpy(&h, p, sizeof(h));
+  return __builtin_convertvector(h, u4);
+}
 PLL_INLINE vf vload_bf16(const uint16_t* p) {
   vf r;
-  PLL_EACH r.v[i] = bf16_to_f32(p[i]);
+  PLL_EACH r.v[i] = (f4)(load_u16(p + 4 * i) << 16);
   return r;
 }
 PLL_INLINE vf vload_f16(const uint16_t* p) {
   vf r;
-  PLL_EACH r.v[i] = f16_to_f32(p[i]);
+  PLL_EACH {  // as f16_to_f32
+    const u4 h = load_u16(p + 4 * i);
+    const u4 magnitude = h & splat_bits(0x7fffu);
+    const u4 special = (u4)(magnitude >= splat_bits(0x7c00u));
+    const u4 value = (u4)((f4)(magnitude << 13) * splat(0x1p112f));
+    const u4 other = splat_bits(0x7f800000u) | ((magnitude & splat_bits(0x3ffu)) << 13);
+    r.v[i] = (f4)((special & other) | (~special & value) | ((h & splat_bits(0x8000u)) << 16));
+  }
   return r;
 }
-PLL_INLINE void vstore_bf16(uint16_t* p, vf a) { PLL_EACH p[i] = f32_to_bf16(a.v[i]); }
+PLL_INLINE void vstore_bf16(uint16_t* p, vf a) {
+  PLL_EACH for (int j = 0; j < 4; ++j) p[4 * i + j] = f32_to_bf16(a.v[i][j]);
+}
 #endif
 
 // vmax and vmin return the second operand where either is NaN, as x86 does.
@@ -362,14 +399,15 @@ PLL_INLINE float vreduce_max(vf a) {
 }
 #else
 PLL_INLINE float vreduce_add(vf a) {
-  for (int half = 8; half > 0; half >>= 1)
-    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] + a.v[i + half];
-  return a.v[0];
+  const f4 x = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+  return (x[0] + x[2]) + (x[1] + x[3]);
 }
 PLL_INLINE float vreduce_max(vf a) {
-  for (int half = 8; half > 0; half >>= 1)
-    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
-  return a.v[0];
+  const vf upper = {{a.v[2], a.v[3], a.v[2], a.v[3]}};
+  const vf pair = vmax(a, upper);
+  const f4 x = pick((i4)(pair.v[0] > pair.v[1]), pair.v[0], pair.v[1]);
+  const float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+  return even > odd ? even : odd;
 }
 #endif
 

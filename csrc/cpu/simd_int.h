@@ -104,41 +104,50 @@ PLL_INLINE void vstore_i8(int8_t* p, vf a) {
 }
 
 #else
+typedef int16_t s8 __attribute__((vector_size(16)));
+typedef uint16_t us8 __attribute__((vector_size(16)));
+typedef int8_t b4 __attribute__((vector_size(4)));
+
 struct vi {
-  int32_t v[16];
+  i4 v[4];
 };
 
 PLL_INLINE vi vi_set1(int32_t x) {
   vi r;
-  PLL_EACH r.v[i] = x;
+  PLL_EACH r.v[i] = i4{x, x, x, x};
   return r;
 }
 PLL_INLINE vi vi_load(const void* p) {
   vi r;
-  memcpy(r.v, p, sizeof(r.v));
+  memcpy(&r, p, sizeof(r));
   return r;
 }
 PLL_INLINE vf vi_to_vf(vi a) {
   vf r;
-  PLL_EACH r.v[i] = (float)a.v[i];
+  PLL_EACH r.v[i] = __builtin_convertvector(a.v[i], f4);
   return r;
 }
 
 static constexpr int32_t I8_OFFSET = 0;
 PLL_INLINE vi i8_prepare(vi w) { return w; }
-PLL_INLINE int32_t byte_of(int32_t x, int j) { return (int32_t)(int8_t)((uint32_t)x >> (8 * j)); }
+// Bytes as the even and odd halves of 16-bit lanes; |w| <= 128 and |x| <= 127, so that a pair's
+// sum, at most 32512, fits 16 bits.
+PLL_INLINE s8 even_bytes(i4 a) { return (s8)((us8)a << 8) >> 8; }
+PLL_INLINE s8 odd_bytes(i4 a) { return (s8)a >> 8; }
 PLL_INLINE vi i8_dot(vi sum, vi w, vi x) {
-  for (int j = 0; j < 4; ++j) {
-    PLL_EACH sum.v[i] += byte_of(w.v[i], j) * byte_of(x.v[i], j);
+  PLL_EACH {
+    const s8 even = even_bytes(w.v[i]) * even_bytes(x.v[i]);
+    const s8 pairs = even + odd_bytes(w.v[i]) * odd_bytes(x.v[i]);
+    sum.v[i] = sum.v[i] + ((i4)((u4)pairs << 16) >> 16) + ((i4)pairs >> 16);
   }
   return sum;
 }
 PLL_INLINE vi u4_low(vi w) {
-  PLL_EACH w.v[i] = w.v[i] & 0x0f0f0f0f;
+  PLL_EACH w.v[i] = (i4)((u4)w.v[i] & splat_bits(0x0f0f0f0fu));
   return w;
 }
 PLL_INLINE vi u4_high(vi w) {
-  PLL_EACH w.v[i] = (w.v[i] >> 4) & 0x0f0f0f0f;
+  PLL_EACH w.v[i] = (i4)(((u4)w.v[i] >> 4) & splat_bits(0x0f0f0f0fu));
   return w;
 }
 PLL_INLINE vi u4_dot(vi sum, vi w, vi x) { return i8_dot(sum, w, x); }
@@ -146,16 +155,24 @@ PLL_INLINE vi u4_dot(vi sum, vi w, vi x) { return i8_dot(sum, w, x); }
 template <int BYTE>
 PLL_INLINE vf i8_decode(vi w) {
   vf r;
-  PLL_EACH r.v[i] = (float)byte_of(w.v[i], BYTE);
+  PLL_EACH r.v[i] = __builtin_convertvector((i4)((u4)w.v[i] << (24 - 8 * BYTE)) >> 24, f4);
   return r;
 }
 template <int SHIFT, bool SIGNED>
 PLL_INLINE vf u4_decode(vi w) {
   vf r;
-  PLL_EACH r.v[i] = (float)(((w.v[i] >> SHIFT) & 15) - (SIGNED ? 8 : 0));
+  PLL_EACH {
+    const i4 code = (i4)(((u4)w.v[i] >> SHIFT) & splat_bits(15));
+    r.v[i] = __builtin_convertvector(SIGNED ? code - 8 : code, f4);
+  }
   return r;
 }
-PLL_INLINE void vstore_i8(int8_t* p, vf a) { PLL_EACH p[i] = (int8_t)(int32_t)a.v[i]; }
+PLL_INLINE void vstore_i8(int8_t* p, vf a) {
+  PLL_EACH {
+    const b4 bytes = __builtin_convertvector(__builtin_convertvector(a.v[i], i4), b4);
+    memcpy(p + 4 * i, &bytes, 4);
+  }
+}
 #endif
 
 }  // namespace pyllmlite::PLL_NS
