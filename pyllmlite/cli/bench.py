@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +25,8 @@ def measure(llm: LLM, batch: int, prompt_tokens: int, new_tokens: int) -> dict[s
     Prefill lasts until the last request has its first token; decode from there to the end, so
     that its steps all have the full batch.
     """
+    import random
+
     from pyllmlite.core.sampling import SamplingParams
 
     built = llm.built
@@ -94,7 +95,7 @@ def bench(
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            "--batch", "-b", help="Batch size; more than once: each.", show_default="1 8 32"
+            "--batch", "-b", min=1, help="Batch size; more than once: each.", show_default="1 8 32"
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 128,
@@ -166,7 +167,7 @@ def overhead(
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            "--batch", "-b", help="Batch size; more than once: each.", show_default="1 16 64"
+            "--batch", "-b", min=1, help="Batch size; more than once: each.", show_default="1 16 64"
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a round.")] = 128,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +14,8 @@ from pyllmlite.cli.output import print_json, print_table, size
 
 def version(distribution: str = "pyllmlite") -> str | None:
     """The installed version, without importing the distribution; None: not installed."""
+    from importlib import metadata  # takes longer than all of --help
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -83,6 +83,8 @@ def _cuda() -> str:
 
 def gather() -> dict[str, Any]:
     """All that ``info`` says, as plain data."""
+    import platform
+
     facts: dict[str, Any] = {
         "pyllmlite": version(),
         "python": platform.python_version(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 import re
 from pathlib import Path
 from string import Template
@@ -117,6 +116,8 @@ def words(name: str) -> dict[str, str]:
     Raises:
         PluginError: It cannot be all of these.
     """
+    import keyword
+
     from pyllmlite.core.errors import PluginError
 
     plain = name.lower().replace("_", "-").removeprefix("pyllmlite-")

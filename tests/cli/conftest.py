@@ -1,12 +1,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from text_model import write_text_model  # noqa: E402
+from text_model import write_text_model
 
 
 @pytest.fixture(scope="session")

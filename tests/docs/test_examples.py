@@ -3,15 +3,12 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from text_model import write_text_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from text_model import write_text_model  # noqa: E402
-
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
@@ -58,7 +55,7 @@ def test_files_that_pages_name_exist():
     missing = []
     for page in PAGES:
         for name in re.findall(
-            r"`((?:pyllmlite|plugins|csrc|tests|benchmarks)/[^`\s*]+)`",
+            r"`((?:pyllmlite|plugins|csrc|examples|tests|benchmarks)/[^`\s*]+)`",
             page.read_text(encoding="utf-8"),
         ):
             if not (ROOT / name).exists():
