@@ -98,7 +98,11 @@ def build(
     """
     started = time.perf_counter()
     registry = registry or Registry.load()
-    source = model if isinstance(model, ModelSource) else open_model(model)
+    source = (
+        model
+        if isinstance(model, ModelSource)
+        else open_model(model, revision=config.revision)
+    )
     spec = source.spec
     device = _device(config.device)
     dtype = _dtype(config.dtype, source.stored_dtype)
@@ -324,7 +328,10 @@ def _fit_length(config: EngineConfig, cache: KVCache, max_model_len: int) -> int
 
 def _tokenizer(source: ModelSource, config: EngineConfig) -> Any:
     if config.tokenizer is not None:
-        return open_model(config.tokenizer).tokenizer()
+        from pyllmlite.model.hub import resolve
+        from pyllmlite.model.tokenizer import open_tokenizer
+
+        return open_tokenizer(resolve(config.tokenizer))
     return source.tokenizer()
 
 

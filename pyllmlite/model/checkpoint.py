@@ -92,6 +92,15 @@ class RawTensor:
         self._release(rows)
         return out.reshape(out.shape[0], *self.shape[1:])
 
+    def transposed_float32(self, rows: slice | np.ndarray | None = None) -> np.ndarray:
+        """A float32 copy of a matrix's transpose, or of some of its rows (columns as stored); not
+        for block types, whose blocks go along the stored rows."""
+        stored = self.raw().view(PLAIN[self.dtype])
+        part = np.ascontiguousarray((stored if rows is None else stored[:, rows]).T)
+        out = self._convert(part.view(np.uint8), part.shape[1])
+        self._file.release(self._start, self._stop)
+        return out
+
     def release(self) -> None:
         """Give the mapped pages back (they are read again when needed)."""
         self._file.release(self._start, self._stop)

@@ -14,6 +14,7 @@ from pyllmlite.core.errors import ModelError
 from pyllmlite.core.spec import ModelSpec
 from pyllmlite.model.architectures import Architecture, Config, Take, find_architecture
 from pyllmlite.model.checkpoint import Checkpoint, RawTensor
+from pyllmlite.model.dequantize import PLAIN
 from pyllmlite.model.gguf import GGUFCheckpoint
 from pyllmlite.model.gguf_names import GGUF_TENSORS, gguf_config
 from pyllmlite.model.safetensors import MAX_HEADER, SafetensorsCheckpoint, parse_json
@@ -35,6 +36,8 @@ class MappedTensor:
         self.dtype = base.dtype
         self._add = take.add
         self._transpose = take.transpose and len(base.shape) == 2
+        if self._transpose and base.dtype not in PLAIN:
+            raise ModelError(f"{base.name} is {base.dtype}, which cannot be transposed")
         shape = base.shape[::-1] if self._transpose else base.shape
         self._rows = None if take.rows is None else take.rows(spec)
         if self._rows is not None and shape:
@@ -70,8 +73,7 @@ class MappedTensor:
         """A float32 copy, whole or of some rows (a slice or indices)."""
         selected = self._select(rows)
         if self._transpose:
-            data = self.base.float32().T
-            data = np.ascontiguousarray(data if selected is None else data[selected])
+            data = self.base.transposed_float32(selected)
         else:
             data = self.base.float32(selected)
         if self._add:

@@ -182,17 +182,17 @@ def _float_rows(
     columns = plan.shape.in_features
     step = plan.shape.out_features if whole else max(GATE_BLOCK, CHUNK_ELEMENTS // columns)
     for part in plan.parts:
-        weight = source.get(part.name)
+        weight = source.raw(part.name)
         if weight is None:
             raise ModelError(f"the checkpoint has no tensor for {part.name!r}")
-        if weight.ndim != 2 or weight.shape[0] > part.rows or weight.shape[1] > part.columns:
+        if len(weight.shape) != 2 or weight.shape[0] > part.rows or weight.shape[1] > part.columns:
             raise ModelError(
                 f"{part.name!r} has shape {list(weight.shape)}, "
                 f"the config asks for {[part.rows, part.columns]}"
             )
         for start in range(0, part.rows, step):
             stop = min(start + step, part.rows)
-            rows = weight[start:stop]
+            rows = weight.float32(slice(start, stop))
             if rows.shape != (stop - start, columns):
                 padded = np.zeros((stop - start, columns), np.float32)
                 padded[: rows.shape[0], : rows.shape[1]] = rows
