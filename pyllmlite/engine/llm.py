@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pyllmlite.core.config import EngineConfig
@@ -52,6 +53,7 @@ class LLM:
         self.built = built
         self.engine = Engine(built)
         self._lock = threading.RLock()
+        self._at_the_door: set[int] = set()  # threads that want to add or end requests
         self._count = 0
         self._receivers: dict[str, Callable[[RequestState], None]] = {}
 
@@ -166,6 +168,18 @@ class LLM:
             self._end([request_id])
 
     # -- inside --------------------------------------------------------------------------------
+    @contextmanager
+    def _door(self) -> Iterator[None]:
+        """The lock, for those who do not step."""
+        me = threading.get_ident()
+        self._at_the_door.add(me)
+        try:
+            with self._lock:
+                self._at_the_door.discard(me)
+                yield
+        finally:
+            self._at_the_door.discard(me)
+
     def _chat_prompt(self, messages: Any, options: dict[str, Any]) -> Prompt:
         if not _is_conversation(messages):
             raise RequestError('messages are a list of {"role": ..., "content": ...}')
@@ -187,7 +201,7 @@ class LLM:
     ) -> list[RequestState]:
         """All of them, or none."""
         states: list[RequestState] = []
-        with self._lock:
+        with self._door():
             try:
                 for prompt, param, priority in zip(prompts, params, priorities, strict=True):
                     self._count += 1
@@ -204,7 +218,7 @@ class LLM:
     def _submit(
         self, states: list[RequestState], receive: Callable[[RequestState], None]
     ) -> None:
-        with self._lock:
+        with self._door():
             for state in states:
                 self._receivers[state.request.id] = receive
                 self.engine.submit(state)
@@ -239,12 +253,14 @@ class LLM:
                 if receive is not None:
                     receive(state)
             wait = self.engine.wait_seconds()
+        if self._at_the_door:  # whoever steps would take the lock again before they wake up
+            time.sleep(1e-5)
         if wait > 0:  # a scheduler's time window; somebody else's request may end it
             time.sleep(min(wait, 0.01))
 
     def _end(self, request_ids: list[str]) -> None:
         """Nobody waits for these any more."""
-        with self._lock:
+        with self._door():
             for request_id in request_ids:
                 self._receivers.pop(request_id, None)
                 self.engine.abort(request_id)

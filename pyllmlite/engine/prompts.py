@@ -23,7 +23,13 @@ def is_single(prompts: object) -> bool:
 def _is_ids(prompt: object) -> bool:
     if not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
         return False
-    return len(prompt) > 0 and hasattr(prompt[0], "__index__")
+    if len(prompt) == 0:
+        return False
+    try:
+        operator.index(prompt[0])
+    except TypeError:  # also what an array of arrays says
+        return False
+    return True
 
 
 def parse_prompt(prompt: object, tokenizer: Any) -> tuple[str | None, list[int]]:

@@ -3,9 +3,11 @@
 import itertools
 import signal
 import threading
+import time
 
+import numpy as np
 import pytest
-from engine_fakes import FakeTokenizer, drain, fake_built, greedy
+from engine_fakes import VOCAB, FakeTokenizer, drain, fake_built, greedy
 
 from pyllmlite.core.errors import RequestError
 from pyllmlite.core.sampling import SamplingParams
@@ -128,6 +130,27 @@ def test_from_many_threads():
         thread.join()
     for i in range(6):
         assert [o.outputs[0].token_ids for o in results[i]] == [greedy([i, i + 1], 6, None)] * 3
+
+
+def test_a_short_request_beside_a_long_one_of_another_thread():
+    llm = made(max_model_len=600, num_blocks=200)
+    llm.built.program.before = lambda batch: threading.Event().wait(0.001)
+    llm.built.program.logits = lambda history: np.ones(VOCAB, np.float32)
+    long = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+    thread = threading.Thread(target=llm.generate, args=([1, 2], long, False))
+    thread.start()
+    while not llm.engine.num_steps:
+        time.sleep(0.001)
+    llm.generate([3, 4], GREEDY, use_tqdm=False)
+    assert thread.is_alive()
+    thread.join()
+
+
+def test_arrays_are_prompts():
+    llm = made()
+    for prompts in (np.array([1, 2, 3]), np.array([[1, 2, 3], [4, 5, 6]])):
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [o.prompt_token_ids for o in outputs] == np.atleast_2d(prompts).tolist()
 
 
 def test_ctrl_c_leaves_a_usable_engine():
