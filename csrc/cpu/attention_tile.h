@@ -55,17 +55,22 @@ struct Range {
   int32_t low, high;
 };
 
-// scores[r][16 t ..] = q_r . k for tiles [first, last).  q: [head_dim][R], already scaled.
+// scores[r][16 t ..] = q_r . k for N tiles.  q: [head_dim][R], already scaled.  A tile of V has
+// as many bytes as one of K, so every load of keys fetches its like of the values ahead: blocks
+// are scattered, which the hardware does not foresee.
 template <typename T, int R, int N>
-PLL_INLINE void score_tiles(const T* const* k, int64_t k_stride, const float* q, int32_t head_dim,
-                            float* scores) {
+PLL_INLINE void score_tiles(const T* const* k, const T* const* v, int64_t k_stride, const float* q,
+                            int32_t head_dim, float* scores) {
   vf sums[R][N];
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < N; ++j) sums[r][j] = vzero();
   }
   for (int32_t d = 0; d < head_dim; ++d) {
     vf keys[N];
-    for (int j = 0; j < N; ++j) keys[j] = load_kv(k[j] + d * k_stride);
+    for (int j = 0; j < N; ++j) {
+      keys[j] = load_kv(k[j] + d * k_stride);
+      __builtin_prefetch(v[j] + d * 16);
+    }
     for (int r = 0; r < R; ++r) {
       const vf x = vset1(q[d * R + r]);
       for (int j = 0; j < N; ++j) sums[r][j] = vfma(x, keys[j], sums[r][j]);
@@ -82,10 +87,10 @@ void score_split(const SplitView<T>& view, int64_t k_stride, const float* q, int
   constexpr int N = vectors_for(R);
   int32_t t = first;
   for (; t + N <= last; t += N) {
-    score_tiles<T, R, N>(view.k + t, k_stride, q, head_dim, scores + t * kTile);
+    score_tiles<T, R, N>(view.k + t, view.v + t, k_stride, q, head_dim, scores + t * kTile);
   }
   for (; t < last; ++t) {
-    score_tiles<T, R, 1>(view.k + t, k_stride, q, head_dim, scores + t * kTile);
+    score_tiles<T, R, 1>(view.k + t, view.v + t, k_stride, q, head_dim, scores + t * kTile);
   }
 }
 
