@@ -309,8 +309,8 @@ class BlockCache(KVCache):
         self._tree.leave(node)
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """Raises ``ValueError`` for a length more than a block before the last commit if its
-        window is gone (free the sequence and acquire it again)."""
+        """Raises ``ValueError`` if the window of that length is gone: more than a block before
+        the last commit, or before what was taken over (free it and acquire it again)."""
         held, size = self._held[seq_id], self.block_size
         if num_tokens < held.computed:
             for window, first in zip(self._windows, held.first, strict=True):

@@ -159,7 +159,8 @@ class KVCache(Strategy):
 
     @abstractmethod
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """Forget all but the first ``num_tokens`` (rejected drafts, a rolled-back step)."""
+        """Forget all but the first ``num_tokens`` (rejected drafts, a rolled-back step); never
+        fewer than ``acquire`` returned."""
 
     @abstractmethod
     def fork(self, parent_id: int, child_id: int, row: int) -> None:

@@ -51,13 +51,15 @@ class Line:
     history: list[int] = field(default_factory=list)
     row: int = -1
     computed: int = 0
+    hit: int = 0
 
     def extend(self, token: int) -> None:
         self.tokens.append(token)
         self.history.append(hash((self.history[-1] if self.history else self.salt, token)))
 
     def copy(self, row: int) -> Line:
-        return Line(list(self.tokens), self.salt, list(self.history), row, self.computed)
+        history = list(self.history)
+        return Line(list(self.tokens), self.salt, history, row, self.computed, self.hit)
 
 
 class CacheModel:
@@ -105,7 +107,7 @@ class CacheModel:
         self.next_id += 1
         self.waiting.pop(0)
         self.free_rows.pop()
-        line.row, line.computed = row, hit
+        line.row, line.computed, line.hit = row, hit, hit
         self.live[seq_id] = line
 
     def leave(self, again: bool) -> None:
@@ -126,7 +128,7 @@ class CacheModel:
         parent_id = self.rng.choice(ready)
         child = self.live[parent_id].copy(self.free_rows.pop())
         self.cache.fork(parent_id, self.next_id, child.row)
-        if self.rng.random() < 0.3 and child.computed > 1:  # its last token runs once more
+        if self.rng.random() < 0.3 and child.computed > child.hit:  # its last token runs once more
             child.computed -= 1
             self.cache.truncate(self.next_id, child.computed)
         self.live[self.next_id] = child
@@ -139,7 +141,7 @@ class CacheModel:
             return
         seq_id = self.rng.choice(ready)
         line = self.live[seq_id]
-        line.computed -= self.rng.randint(1, 3)
+        line.computed = max(line.hit, line.computed - self.rng.randint(1, 3))
         self.cache.truncate(seq_id, line.computed)
 
     def step(self) -> None:
