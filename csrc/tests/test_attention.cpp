@@ -160,12 +160,12 @@ struct World {
   }
 
   // Largest difference of out from the double-precision reference, for one sequence's rows: all
-  // of a short one's, else every seventh and the last.
+  // of a short one's, else every thirteenth and the last.
   double difference(int s, int begin, int end, const float* out) const {
     double worst = 0;
     const auto sp = spec();
     for (int t = begin; t < end; ++t, out += c.heads * c.head_dim) {
-      if (end - begin > 40 && t % 7 != 0 && t + 1 != end) continue;
+      if (end - begin > 40 && t % 13 != 0 && t + 1 != end) continue;
       for (int h = 0; h < c.heads; ++h) {
         const float* row = out + h * c.head_dim;
         const int kvh = h / (c.heads / c.kv_heads);
@@ -218,7 +218,7 @@ const Case kCases[] = {
 };
 
 void test_case(const Case& c, const std::string& isa) {
-  World world(c, {700, 1, 17, 256, 257, 33}, 7);
+  World world(c, {530, 1, 17, 256, 257, 33}, 7);
   const int width = c.heads * c.head_dim;
   // Every sequence as a whole, in one step.
   std::vector<World::Span> spans;
@@ -243,20 +243,20 @@ void test_case(const Case& c, const std::string& isa) {
       row += n;
     }
   };
-  for (int threads : {2, 3}) same(spans, threads, "threads");
+  same(spans, 3, "threads");
   for (size_t s = 0; s < world.lengths.size(); ++s) {
     const int n = world.lengths[s];
     same({{int(s), 0, n}}, 1, "alone");
     for (int threads : {1, 2, 5}) same({{int(s), n - 1, n}}, threads, "decode alone");
   }
   // Chunked in odd pieces beside others' decode, with several threads.
-  for (int chunk : {1, 5, 16, 100, 255}) {
-    for (int begin = 0; begin < 700; begin += chunk < 16 ? 29 : chunk) {
-      const int end = std::min(700, begin + chunk);
+  for (int chunk : {1, 5, 100, 255}) {
+    for (int begin = 0; begin < 530; begin += chunk < 16 ? 47 : chunk) {
+      const int end = std::min(530, begin + chunk);
       same({{3, 255, 256}, {0, begin, end}, {4, 250, 257}, {5, 32, 33}}, 1 + begin % 3, "chunked");
     }
   }
-  same({{0, 699, 700}, {1, 0, 1}, {2, 16, 17}, {3, 255, 256}, {4, 256, 257}}, 4, "decode batch");
+  same({{0, 529, 530}, {1, 0, 1}, {2, 16, 17}, {3, 255, 256}, {4, 256, 257}}, 4, "decode batch");
 }
 
 // NaN in one sequence stays there; one that comes later in a sequence does not reach earlier rows.
