@@ -80,6 +80,11 @@ class LLM:
         """What was selected for each hook, why, and why the others were not."""
         return self.built.explain()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes that no running request holds."""
+        with self._door():
+            self.built.cache.reset_prefix_cache()
+
     # -- generate ------------------------------------------------------------------------------
     def generate(
         self,

@@ -18,6 +18,8 @@ class ScheduleStep(Protocol):
     Attributes:
         running: Sequences that hold cache, in the order in which they started.
         waiting: Sequences that do not, in the order of arrival; a preempted one is first.
+            Neither list changes under a loop over it; read again, it shows what ``run`` and
+            ``preempt`` did.
         budget: Tokens left in this step (``max_num_batched_tokens`` at its start).
         free_rows: Sequences that may still be started (``max_num_seqs`` less the running).
         now: Seconds on the engine's clock, which a simulator may turn itself.
@@ -55,5 +57,7 @@ class Scheduler(Strategy):
         cache, empty, could not hold it, so a scheduler cannot hang the engine."""
 
     def next_event(self, now: float) -> float | None:
-        """When an empty step should be tried again (a time window closing); None: on arrival."""
+        """When an empty step should be tried again (a time window closing), on the clock of
+        ``step.now``; an arrival comes first.  None: there is nothing to wait for.  If somebody
+        waits all the same and three steps in a row stay empty, the requests end with an error."""
         return None

@@ -191,6 +191,17 @@ def test_progress_bar_is_told():
     assert told == [(2, "Processed prompts"), 1, 1, "closed"]
 
 
+def test_reset_prefix_cache():
+    llm = made()
+    prompt = [1] * 40
+    cached = []
+    for _ in range(2):
+        cached.append(llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens)
+    llm.reset_prefix_cache()
+    cached.append(llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens)
+    assert cached == [0, 32, 0]
+
+
 def test_no_tokenizer():
     llm = made(tokenizer=False)
     assert llm.generate([1, 2], GREEDY, use_tqdm=False)[0].outputs[0].text == ""
