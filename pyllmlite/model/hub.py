@@ -137,7 +137,9 @@ def _hub_offline() -> str | None:
     proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     if any(os.environ.get(proxy) for proxy in proxies):
         return None
-    url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    from huggingface_hub import constants
+
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
     host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
     result: list[str | None] = ["no answer"]
 

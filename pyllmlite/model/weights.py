@@ -17,7 +17,7 @@ from pyllmlite.runtime.native import native
 if TYPE_CHECKING:
     from pyllmlite import _native
     from pyllmlite.hooks.quantizer import Quantizer
-    from pyllmlite.model.source import ModelSource
+    from pyllmlite.model.source import MappedTensor, ModelSource
 
 PACKED_FORMATS = ("f32", "bf16", "int8", "int4")
 GATE_BLOCK = 16  # gate and up rows alternate in blocks of 16, so each half is padded to that
@@ -151,25 +151,29 @@ def _keep_blocks(
 ) -> PackedMatrix | None:
     """The matrix in the blocks it is stored in; None where that cannot be or is not wanted: its
     parts have different types, or a type that no packed format holds exactly."""
-    stored = [source.raw(part.name) for part in plan.parts]
     columns = plan.shape.in_features
-    for tensor, part in zip(stored, plan.parts, strict=True):
-        if tensor is None or tensor.shape != (part.rows, columns) or tensor.raw() is None:
+    stored: list[MappedTensor] = []
+    for part in plan.parts:
+        tensor = source.raw(part.name)
+        if tensor is None or tensor.shape != (part.rows, columns):
             return None
-        if tensor.dtype != stored[0].dtype or not blocks.fits(tensor.dtype, columns):
+        if stored and tensor.dtype != stored[0].dtype or not blocks.fits(tensor.dtype, columns):
             return None
+        stored.append(tensor)
     result: PackedMatrix | None = None
     first, step = 0, max(GATE_BLOCK, CHUNK_ELEMENTS // columns)
-    for tensor, part in zip(stored, plan.parts, strict=True):
+    for tensor in stored:
         data = tensor.raw()
-        for start in range(0, part.rows, step):
+        if data is None:
+            return None
+        for start in range(0, len(data), step):
             codes = blocks.blocks_to_codes(tensor.dtype, data[start : start + step])
             made = quantizer.keep(plan.shape, codes)
             if made is None:
                 return None
             result = result or _empty(plan.shape, made)
             result.packed.set_rows(first + start, made.values, made.scales, made.mins)
-        first += part.rows
+        first += len(data)
         tensor.release()
     return result
 

@@ -43,11 +43,11 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 class NumpyModel:
-    """Weights in float64, the whole prompt at once, no cache."""
+    """The whole prompt at once, no cache, in float64 unless said otherwise."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, dtype: Any = np.float64) -> None:
         self.spec: ModelSpec = source.spec
-        self.weights = {name: source.get(name).astype(np.float64) for name in source.names()}
+        self.weights = {name: source.get(name).astype(dtype) for name in source.names()}
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
         y = x @ self.weights[f"{name}.weight"].T
@@ -87,7 +87,7 @@ class NumpyModel:
         return np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, -1)
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
-        """float64 ``[tokens, vocab]``."""
+        """``[tokens, vocab]``."""
         spec = self.spec
         x = self.weights["embed"][token_ids] * spec.embedding_scale
         if spec.learned_positions:

@@ -1,4 +1,4 @@
-"""The default model's real weights: tensors and logits as transformers reads them."""
+"""The default model's real weights."""
 
 from __future__ import annotations
 
@@ -13,59 +13,55 @@ from model.numpy_forward import NumpyModel
 from pyllmlite.model import hub
 from pyllmlite.model.source import open_checkpoint
 
-torch = pytest.importorskip("torch")
+NAMES = {
+    "attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "v": "attn_v", "attn_out": "attn_output",
+    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def pair():
-    import transformers
-
-    path = hub.resolve(None, progress=False)
-    more = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent if more else path, dtype=torch.float32, attn_implementation="eager", **more
-    )
-    return open_checkpoint(path), model.eval()
+def source():
+    return open_checkpoint(hub.resolve(None, progress=False))
 
 
-def test_spec(pair):
-    source, model = pair
-    spec, config = source.spec, model.config
+def test_spec(source):
+    spec = source.spec
+    assert spec.architecture == "llama" and spec.activation == "silu" and spec.gated
     assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads) == (30, 576, 9, 3)
-    assert spec.head_dim == 64 and spec.intermediate_size == config.intermediate_size
-    assert spec.vocab_size == config.vocab_size and spec.tie_embeddings
-    assert spec.norm.eps == pytest.approx(config.rms_norm_eps)
-    assert spec.layers[0].rope.theta == 100000.0
+    assert spec.head_dim == 64 and spec.intermediate_size == 1536
+    assert spec.vocab_size == 49152 and spec.tie_embeddings
+    assert spec.norm.kind == "rms" and spec.norm.eps == pytest.approx(1e-5)
+    assert spec.layers[0].rope.theta == 100000.0 and spec.layers[0].window is None
     assert spec.eos_token_ids == (2,) and spec.max_position_embeddings == 8192
     assert not source.unused
 
 
-def test_tensors(pair):
-    source, model = pair
-    state = model.state_dict()
-    names = {
-        "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-        "attn_out": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    }  # fmt: skip
-    for layer in range(30):
-        for ours, theirs in names.items():
-            expected = state[f"model.layers.{layer}.{theirs}.weight"].numpy()
+def test_tensors_as_the_gguf_package_reads_them(source):
+    if source.path.suffix != ".gguf":
+        pytest.skip("the default model was fetched as safetensors")
+    gguf = pytest.importorskip("gguf")
+    stored = {t.name: t for t in gguf.GGUFReader(source.path).tensors}
+
+    def theirs(name: str) -> np.ndarray:
+        return gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
+
+    for layer in (0, 13, 29):
+        for ours, name in NAMES.items():
+            expected = theirs(f"blk.{layer}.{name}.weight")
             np.testing.assert_array_equal(source.get(f"layers.{layer}.{ours}.weight"), expected)
-    np.testing.assert_array_equal(source.get("embed"), state["model.embed_tokens.weight"].numpy())
-    np.testing.assert_array_equal(source.get("final_norm.weight"), state["model.norm.weight"])
+        for part, heads in (("q", 9), ("k", 3)):
+            found = source.get(f"layers.{layer}.{part}.weight").reshape(heads, 2, 32, 576)
+            expected = theirs(f"blk.{layer}.attn_{part}.weight").reshape(heads, 32, 2, 576)
+            np.testing.assert_array_equal(found, expected.swapaxes(1, 2))
+    np.testing.assert_array_equal(source.get("embed"), theirs("token_embd.weight"))
+    np.testing.assert_array_equal(source.get("final_norm.weight"), theirs("output_norm.weight"))
 
 
-def test_logits(pair):
-    source, model = pair
-    ours = NumpyModel(source)
-    tokens = source.tokenizer().encode("The capital of France is Paris. The capital of Italy is")
-    with torch.no_grad():
-        theirs = model(torch.tensor([tokens])).logits[0].numpy()
-    logits = ours.logits(tokens)
-    assert np.abs(logits - theirs).max() < 2e-3
-    assert source.tokenizer().decode(int(logits[-1].argmax())) == " Rome"
+def test_next_token(source):
+    tokenizer = source.tokenizer()
+    tokens = tokenizer.encode("The capital of France is Paris. The capital of Italy is")
+    logits = NumpyModel(source, np.float32).logits(tokens)
+    assert tokenizer.decode(int(logits[-1].argmax())) == " Rome"
 
 
 READ_ALL = """
