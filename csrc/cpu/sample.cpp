@@ -179,7 +179,7 @@ void keep_nucleus(const Logits& logits, float inverse, float top_p, uint64_t* ke
                   Support* support) {
   const double wanted = support_mass(logits, *support, inverse) * double(top_p);
   float weights[kChunk];
-  for (float reach = 4;; reach *= 4) {
+  for (float reach = 4;; reach *= 2) {
     Support near{logits.max - reach / inverse, kNoLast};
     const bool all = !(near.floor > support->floor) || reach > 200;
     if (all) near.floor = support->floor;
