@@ -51,9 +51,7 @@ class Admission:
         decoder = built.decoder
         if params.decoder is not None and params.decoder != decoder.name:
             decoder = self._named_decoder(params.decoder)
-        request = Request(
-            request_id, ids, params, prompt=text, priority=priority, client=client
-        )
+        request = Request(request_id, ids, params, prompt=text, priority=priority, client=client)
         seed = params.seed if params.seed is not None else mix_seed(self._seed, self._count)
         state = RequestState(
             request,
@@ -109,8 +107,6 @@ class Admission:
         ):
             for token in ids:
                 if not isinstance(token, int) or not 0 <= token < vocab_size:
-                    raise RequestError(
-                        f"{name}: token id {token!r} is not in [0, {vocab_size})"
-                    )
+                    raise RequestError(f"{name}: token id {token!r} is not in [0, {vocab_size})")
         if params.stop and self._built.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids without one")

@@ -193,8 +193,10 @@ class Engine:
         self._empty_steps += 1
         if self.scheduler.next_event(step.now) is not None:
             return
-        if len(pool.running) > 1:  # nobody gets on, so somebody gives way
-            pool.preempt(pool.running[-1])
+        if len(pool.running) > 1:
+            # Nobody gets on, so somebody gives way.  Behind the others: it may hold the row that
+            # another sequence of its own request needs for both to get on (beams).
+            pool.preempt(pool.running[-1], first=False)
         elif self._empty_steps >= MAX_EMPTY_STEPS:
             name = f"scheduler {self.scheduler.name!r}"
             message = f"{name} put nobody into {self._empty_steps} steps in a row"

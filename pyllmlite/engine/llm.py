@@ -220,9 +220,7 @@ class LLM:
                 raise
         return states
 
-    def _submit(
-        self, states: list[RequestState], receive: Callable[[RequestState], None]
-    ) -> None:
+    def _submit(self, states: list[RequestState], receive: Callable[[RequestState], None]) -> None:
         with self._door():
             for state in states:
                 self._receivers[state.request.id] = receive

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 def request_output(state: RequestState) -> RequestOutput:
     """What the request has come to so far; lists are copies, safe to hand to another thread."""
     request = state.request
-    completions = [
-        _completion(index, seq, state) for index, seq in enumerate(request.sequences)
-    ]
+    completions = [_completion(index, seq, state) for index, seq in enumerate(request.sequences)]
     return RequestOutput(
         request_id=request.id,
         prompt=request.prompt,
@@ -26,9 +24,7 @@ def request_output(state: RequestState) -> RequestOutput:
         finished=state.live == 0,
         prompt_logprobs=request.prompt_logprobs,
         num_cached_tokens=request.num_cached_tokens,
-        metrics=RequestMetrics(
-            request.arrival_time, request.first_token_time, request.finish_time
-        ),
+        metrics=RequestMetrics(request.arrival_time, request.first_token_time, request.finish_time),
         error=request.error,
     )
 

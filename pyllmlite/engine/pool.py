@@ -51,13 +51,14 @@ class SequencePool:
     def next_row(self) -> int:
         return self.free_rows[-1]
 
-    def preempt(self, seq: Sequence) -> None:
-        """Its blocks and its row go back; it waits, before all others, to be computed again."""
+    def preempt(self, seq: Sequence, first: bool = True) -> None:
+        """Its blocks and its row go back; it waits, before (``first``) or behind all others, to
+        be computed again."""
         self._leave(seq)
         seq.num_computed = 0
         seq.draft_ids = []
         seq.preemptions += 1
-        self.add(seq, first=True)
+        self.add(seq, first)
 
     def remove(self, seq: Sequence) -> None:
         """It has ended, whichever list it stands in."""

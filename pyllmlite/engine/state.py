@@ -122,9 +122,8 @@ class RequestState:
     @property
     def scoring(self) -> bool:
         """Prompt tokens remain whose log-probability is asked for."""
-        return (
-            self.request.params.prompt_logprobs is not None
-            and self.scored < len(self.request.prompt_token_ids)
+        return self.request.params.prompt_logprobs is not None and self.scored < len(
+            self.request.prompt_token_ids
         )
 
     def sampling_for(self, seq: Sequence) -> dict[str, Any]:

@@ -272,6 +272,7 @@ class PagedF16(Paged):
         heads, kv_heads, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
 
         def store(batch, qkv, k, v):
+            k, v = k.view(np.float16), v.view(np.float16)  # they travel as uint16
             x = qkv.reshape(len(qkv), heads + 2 * kv_heads, size)
             slots = batch.slot_mapping(kv.group)
             written = slots >= 0
@@ -297,6 +298,7 @@ class AttentionF16(Attention):
         groups = layer.num_heads // layer.num_kv_heads
 
         def attend(batch, qkv, out, k, v):
+            k, v = k.view(np.float16), v.view(np.float16)
             table, starts = batch.block_table(kv.group), batch.query_start_loc
             for i, length in enumerate(batch.seq_lens):
                 mine = slice(starts[i], starts[i + 1])
