@@ -1,0 +1,106 @@
+"""The default model's real weights, against transformers in float32.
+
+The file is looked for where ``pyllmlite run`` puts it, and fetched if it is not there.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from model.program_logits import build_tiny, program_logits
+
+from pyllmlite import LLM, SamplingParams
+from pyllmlite.model.hub import resolve
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def path():
+    return resolve(None, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    import transformers
+
+    place = {"gguf_file": path.name} if path.is_file() else {}
+    directory = path.parent if path.is_file() else path
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", **place
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def llm(path):
+    return LLM(str(path), dtype="f32", max_model_len=1024, kv_cache_memory="200MB")
+
+
+def prose(llm, count: int, length: int) -> list[list[int]]:
+    """Pieces of English prose that comes with Python, as token ids."""
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[name] for name in sorted(topics))
+    ids = llm.engine.built.tokenizer.encode(text[: 12 * count * length])
+    return [ids[i * length : (i + 1) * length] for i in range(count)]
+
+
+def test_logits_equal_transformers(llm, model):
+    (ids,) = prose(llm, 1, 300)
+    for length in (1, 7, 64, 300):
+        with torch.no_grad():
+            theirs = model(torch.tensor([ids[:length]])).logits[0].numpy()
+        ours = program_logits(llm.engine.built, ids[:length])
+        assert np.abs(ours - theirs).max() < 2e-3
+
+
+def test_greedy_continuations_are_the_same(llm, model):
+    """Every token of ours is the best one given those before it, by transformers' logits; a
+    difference counts where the two differ by more than 1e-3."""
+    asked = prose(llm, 20, 40)
+    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    outputs = llm.generate(asked, params, use_tqdm=False)
+    whole = torch.tensor([p + list(o.outputs[0].token_ids) for p, o in zip(asked, outputs, strict=True)])
+    with torch.no_grad():
+        logits = model(whole[:, :-1], logits_to_keep=64).logits
+    chosen = logits.gather(-1, whole[:, 40:, None])[..., 0]
+    assert chosen.shape == (20, 64)
+    assert (logits.max(-1).values - chosen).max().item() <= 1e-3
+
+
+def test_default_precision_keeps_the_distribution(path, llm, model):
+    """Blocks run as they were shipped, activations in int8: KL divergence on prose, in nats."""
+    built = build_tiny(path, dtype="auto", max_model_len=512)
+    divergence = []
+    for ids in prose(llm, 2, 128):
+        with torch.no_grad():
+            theirs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        ours = torch.log_softmax(torch.from_numpy(program_logits(built, ids)), -1)
+        divergence.append((theirs.exp() * (theirs - ours)).sum(-1))
+    assert 0 < torch.cat(divergence).mean().item() < 0.008
+
+
+def test_loading_needs_little_more_than_the_weights(path):
+    """Peak memory of a process that loads the model, beside one that only imports."""
+    program = (
+        "import resource, sys\n"
+        "from pyllmlite.core.config import EngineConfig\n"
+        "from pyllmlite.model.build import build\n"
+        "from pyllmlite.model.source import open_checkpoint\n"
+        "import pyllmlite._native, pyllmlite_plugins\n"
+        "from pyllmlite.hooks.registry import Registry; Registry.load()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "config = EngineConfig(dtype='f32', quantizer='none', skip_tokenizer_init=True,\n"
+        "    max_model_len=256, max_num_seqs=1, max_num_batched_tokens=16, kv_cache_memory='16MB')\n"
+        "built = build(open_checkpoint(sys.argv[1]), config)\n"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(built.weight_bytes, (after - before) * 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+    )
+    weights, used = map(int, done.stdout.split())
+    assert used < 1.3 * weights + (32 << 20)  # KV, buffers and scratch are not weights
