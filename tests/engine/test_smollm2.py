@@ -63,7 +63,8 @@ def test_greedy_continuations_are_the_same(llm, model):
     asked = prose(llm, 20, 40)
     params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
     outputs = llm.generate(asked, params, use_tqdm=False)
-    whole = torch.tensor([p + list(o.outputs[0].token_ids) for p, o in zip(asked, outputs, strict=True)])
+    pairs = zip(asked, outputs, strict=True)
+    whole = torch.tensor([ids + list(output.outputs[0].token_ids) for ids, output in pairs])
     with torch.no_grad():
         logits = model(whole[:, :-1], logits_to_keep=64).logits
     chosen = logits.gather(-1, whole[:, 40:, None])[..., 0]
@@ -94,7 +95,8 @@ def test_loading_needs_little_more_than_the_weights(path):
         "from pyllmlite.hooks.registry import Registry; Registry.load()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "config = EngineConfig(dtype='f32', quantizer='none', skip_tokenizer_init=True,\n"
-        "    max_model_len=256, max_num_seqs=1, max_num_batched_tokens=16, kv_cache_memory='16MB')\n"
+        "    max_model_len=256, max_num_seqs=1, max_num_batched_tokens=16,\n"
+        "    kv_cache_memory='16MB')\n"
         "built = build(open_checkpoint(sys.argv[1]), config)\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(built.weight_bytes, (after - before) * 1024)\n"
