@@ -1,0 +1,1 @@
+"""One adapter an engine: ``Engine(model, threads).run(prompts, new_tokens) -> seconds``."""
