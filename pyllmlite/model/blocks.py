@@ -26,15 +26,16 @@ def blocks_to_codes(dtype: str, data: np.ndarray) -> LinearWeight:
         dtype: q4_0, q4_1 or q8_0.
         data: uint8 ``[rows, bytes per row]``.
     """
-    rows = data.shape[0]
-    blocks = np.ascontiguousarray(data).reshape(rows, -1, _BLOCK_BYTES[dtype])
+    rows, size = data.shape[0], _BLOCK_BYTES[dtype]
+    blocks = np.ascontiguousarray(data).reshape(rows, data.shape[1] // size, size)
     scales = blocks[:, :, 0:2].copy().view(np.float16)[:, :, 0]
     if dtype == "q8_0":
-        codes = blocks[:, :, 2:].view(np.int8).reshape(rows, -1)
+        codes = blocks[:, :, 2:].view(np.int8).reshape(rows, blocks.shape[1] * GROUP)
         return LinearWeight("int8", np.ascontiguousarray(codes), scales, None, GROUP)
     mins = blocks[:, :, 2:4].copy().view(np.float16)[:, :, 0] if dtype == "q4_1" else None
     nibbles = blocks[:, :, 4 if dtype == "q4_1" else 2 :]
     codes = np.empty((rows, blocks.shape[1], GROUP), np.uint8)
     np.bitwise_and(nibbles, 15, out=codes[:, :, : GROUP // 2])
     np.right_shift(nibbles, 4, out=codes[:, :, GROUP // 2 :])
-    return LinearWeight("int4", codes.reshape(rows, -1), scales, mins, GROUP)
+    codes = codes.reshape(rows, blocks.shape[1] * GROUP)
+    return LinearWeight("int4", codes, scales, mins, GROUP)
