@@ -153,7 +153,8 @@ class Batch:
     def set_mask(self, logit_row: int, mask: np.ndarray | None) -> None:
         """uint32 bitmask for a logit row of the step just set; kept alive until the next step."""
     def set_step_bias(self, row: int, ids: Sequence[int], values: Sequence[float]) -> None:
-        """Added to the row's logits besides its logit_bias, for the step just set only."""
+        """Added to the row's logits besides its logit_bias, for the step just set only; ``-inf``
+        forbids a token."""
     def want_logits(self, logit_row: int) -> None:
         """Keep the row's raw logits for :meth:`logits` after the run (one copy of the row)."""
     def set_copies(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:

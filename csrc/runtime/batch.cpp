@@ -73,9 +73,10 @@ struct Batch::Impl {
   void check_ids(Ints ids) const {
     for (size_t i = 0; i < ids.size; ++i) check_token(ids.data[i]);
   }
-  static void check_finite(const std::vector<float>& values) {
+  static void check_biases(const std::vector<float>& values) {
     for (float value : values) {
-      if (!std::isfinite(value)) refuse("a bias must be finite");
+      // Negated, so that NaN is refused too.
+      if (!(value < INFINITY)) refuse("a bias must be finite, or -inf to forbid a token");
     }
   }
 
@@ -265,7 +266,7 @@ void Batch::set_sampling(int32_t row, pll_sampling_params params, Ints bias_ids,
   if (bias_ids.size != bias_values.size()) refuse("bias_ids and bias_values differ in length");
   b.check_ids(bias_ids);
   b.check_ids(banned_ids);
-  b.check_finite(bias_values);
+  b.check_biases(bias_values);
   Impl::Row& data = b.row_data[row];
   data.bias_ids.assign(bias_ids.data, bias_ids.data + bias_ids.size);
   data.bias_values = bias_values;
@@ -420,7 +421,7 @@ void Batch::set_step_bias(int32_t row, Ints ids, const std::vector<float>& value
   b.check_row(row);
   if (ids.size != values.size()) refuse("ids and values differ in length");
   b.check_ids(ids);
-  b.check_finite(values);
+  b.check_biases(values);
   if (b.step_bias.empty()) {
     b.step_bias.resize(b.max_rows);
     b.step_biases.resize(b.max_rows);

@@ -8,6 +8,11 @@ from typing import Any
 
 from pyllmlite.core.errors import RequestError
 
+_NUMBERS = (
+    "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+)  # fmt: skip
+
 
 @dataclass
 class SamplingParams:
@@ -19,7 +24,7 @@ class SamplingParams:
         top_p: Nucleus sampling (Holtzman et al. 2020), in (0, 1].
         top_k: Keep the k best; 0 or -1 keeps all.
         min_p: Keep tokens of at least ``min_p`` times the best one's probability.
-        repetition_penalty: Keskar et al. 2019; over prompt and output; 1 is off.
+        repetition_penalty: Keskar et al. 2019; over prompt and output; 1 is off; in [1e-6, 1e6].
         presence_penalty, frequency_penalty: As in the OpenAI API, over the output; 0 is off.
         logit_bias: Token id to a bias in [-100, 100], added to the logit.
         seed: With a seed, a request's tokens depend on nothing but itself.
@@ -68,6 +73,12 @@ class SamplingParams:
             self.stop = [self.stop]
         if self.top_k == -1:
             self.top_k = 0
+        if self.extra_args is None:
+            self.extra_args = {}
+        for name in _NUMBERS:  # NumPy's, as a sweep over parameters gives them
+            value = getattr(self, name)
+            if hasattr(value, "item") and getattr(value, "shape", None) == ():
+                setattr(self, name, value.item())
         self._check()
 
     def _check(self) -> None:
@@ -92,7 +103,7 @@ class SamplingParams:
         number("top_p", 0.0, 1.0, low_open=True)
         integer("top_k", 0)
         number("min_p", 0.0, 1.0)
-        number("repetition_penalty", 0.0, 1e6, low_open=True)
+        number("repetition_penalty", 1e-6, 1e6)
         number("presence_penalty", -2.0, 2.0)
         number("frequency_penalty", -2.0, 2.0)
         integer("max_tokens", 1, optional=True)
@@ -115,8 +126,13 @@ class SamplingParams:
             raise RequestError(
                 "n > 1 with temperature 0 gives n equal outputs; use temperature > 0"
             )
+        if self.stop_token_ids is not None and not isinstance(self.stop_token_ids, (list, tuple)):
+            raise RequestError(f"stop_token_ids must be a list, got {self.stop_token_ids!r}")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
+            raise RequestError(f"logit_bias must be a dict, got {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or not -100 <= bias <= 100:
+            ok = isinstance(token, int) and isinstance(bias, (int, float))
+            if not ok or not -100 <= bias <= 100:
                 raise RequestError(
                     f"logit_bias maps token ids to [-100, 100], got {token!r}: {bias!r}"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.request import Sequence, Status
@@ -26,6 +27,7 @@ class SequenceActions:
 
     Args:
         on_change: Called with a request's state when it has ended or streams and has changed.
+        vocab_size: Token ids are below it; a decoder that appends another one fails.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class SequenceActions:
         batch: Any,
         logprobs: Logprobs,
         on_change: Callable[[RequestState], None],
+        vocab_size: int,
     ) -> None:
         self._pool = pool
         self._batch = batch
         self._logprobs = logprobs
         self._on_change = on_change
+        self._vocab_size = vocab_size
         self._rows: list[int] = []
         self._tokens: list[int] = []
         self._positions: list[int] = []
@@ -55,6 +59,8 @@ class SequenceActions:
             self._append(seq, state, token_ids)
             return
         token = token_ids[0]
+        if type(token) is not int or not 0 <= token < self._vocab_size:
+            token = self._checked(token)
         ids = seq.token_ids
         position = len(ids)
         ids.append(token)
@@ -75,7 +81,7 @@ class SequenceActions:
         text = state.detokenizer if params.stop or request.stream else None
         before = len(ids)
         request.changed = True
-        for index, token in enumerate(token_ids):
+        for index, token in enumerate([self._checked(token) for token in token_ids]):
             ids.append(token)
             if params.logprobs is not None:
                 self._add_logprob(seq, index, token, params.logprobs)
@@ -95,7 +101,7 @@ class SequenceActions:
                     keep = len(stop) if params.include_stop_str_in_output else 0
                     text.text = text.text[: position + keep]
                     state.detokenizer = text
-                    self.end(seq, "stop", stop)
+                    self._end(seq, "stop", stop, cut=True)
                     return
             if len(ids) >= state.limit:
                 self.end(seq, "length")
@@ -108,6 +114,16 @@ class SequenceActions:
         if request.stream:
             self._on_change(request)
 
+    def _checked(self, token: object) -> int:
+        """Before it reaches the native batch, which all requests share."""
+        try:
+            token_id = operator.index(token)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(f"token id {token!r} is not an integer") from None
+        if not 0 <= token_id < self._vocab_size:
+            raise ValueError(f"token id {token_id} is not in [0, {self._vocab_size})")
+        return token_id
+
     def _add_logprob(self, seq: Sequence, index: int, token: int, num: int) -> None:
         entry = self._logprobs.of_sequence(seq, index, token, num)
         if seq.logprobs is None:
@@ -118,11 +134,14 @@ class SequenceActions:
     def flush(self) -> None:
         """Write appended tokens into the native batch."""
         if self._rows:
-            self._batch.append(self._rows, self._tokens, self._positions)
+            rows, tokens, positions = self._rows, self._tokens, self._positions
             self._rows, self._tokens, self._positions = [], [], []
+            self._batch.append(rows, tokens, positions)
 
     # -- fork ------------------------------------------------------------------------------------
     def fork(self, seq: Sequence) -> Sequence:
+        if seq.status is Status.FINISHED:
+            raise ValueError("a sequence that has ended cannot be forked; fork it first")
         return self._fork(seq, seq.num_computed)
 
     def give_birth(self, seq: Sequence) -> None:
@@ -169,8 +188,18 @@ class SequenceActions:
 
     # -- end -------------------------------------------------------------------------------------
     def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        self._end(seq, reason, stop_reason)
+
+    def _end(
+        self, seq: Sequence, reason: str, stop_reason: int | str | None, cut: bool = False
+    ) -> None:
+        """``cut``: its text is complete, a stop string has ended it."""
         state: SequenceState = seq.output
         request = state.request
+        if not isinstance(reason, str) or not reason:
+            raise ValueError(f"the reason of an end is stop, length or dropped, got {reason!r}")
+        if reason == "dropped" and request.request.sequences == [seq]:
+            raise ValueError("the last sequence of a request cannot be dropped")
         if seq.status is Status.FINISHED:
             if reason == "dropped" and seq in request.request.sequences:
                 request.request.sequences.remove(seq)
@@ -178,7 +207,7 @@ class SequenceActions:
         self._pool.remove(seq)
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
-        if state.detokenizer is not None and not isinstance(stop_reason, str):
+        if state.detokenizer is not None and not cut:
             self._finish_text(seq, state)
         self._close(seq, request)
         if reason == "dropped":

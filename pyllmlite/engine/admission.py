@@ -8,6 +8,7 @@ from pyllmlite.core.errors import PyllmliteError, RequestError
 from pyllmlite.core.request import Request
 from pyllmlite.core.sampling import SamplingParams
 from pyllmlite.engine.detokenize import Detokenizer
+from pyllmlite.engine.failure import failure
 from pyllmlite.engine.prompts import check_prompt, parse_prompt
 from pyllmlite.engine.state import RequestState, SequenceState, mix_seed
 
@@ -87,10 +88,18 @@ class Admission:
         seq.output = SequenceState(state, detokenizer)
         request.sequences.append(seq)
         state.live = 1
-        state.decoder.open(seq)
-        seq.output.constraint_states = [c.open(seq) for c in state.constraints]
-        if state.proposer is not None:
-            state.proposer.open(seq)
+        part: Any = state.decoder
+        try:
+            state.decoder.open(seq)
+            for part in state.constraints:
+                seq.output.constraint_states.append(part.open(seq))
+            if state.proposer is not None:
+                part = state.proposer
+                state.proposer.open(seq)
+        except Exception as error:
+            if isinstance(error, PyllmliteError):
+                raise
+            raise RequestError(failure(part, error)) from error
 
     def _check_params(self, params: SamplingParams) -> None:
         vocab_size = self._built.spec.vocab_size

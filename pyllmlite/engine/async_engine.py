@@ -39,7 +39,7 @@ class RequestStream:
     Outputs hold everything so far, so a slow reader sees the newest and misses nothing.
     """
 
-    def __init__(self, request_id: str, abort: Callable[[str], object]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[RequestStream], object]) -> None:
         self.request_id = request_id
         self._loop = asyncio.get_running_loop()
         self._abort = abort
@@ -72,7 +72,7 @@ class RequestStream:
         """End the request if it runs."""
         if not self._ended:
             self._ended = True
-            self._abort(self.request_id)
+            self._abort(self)
 
 
 class AsyncEngine:
@@ -136,7 +136,7 @@ class AsyncEngine:
         text, ids = parse_prompt(prompt, self.built.tokenizer)
         if request_id is None:
             request_id = f"request-{next(self._ids)}"
-        made = RequestStream(request_id, self.abort)
+        made = RequestStream(request_id, self._abort_stream)
         prepared = {"prompt": text, "prompt_token_ids": ids}
         self._send(("add", made, prepared, params, priority, client, stream))
         return made
@@ -171,11 +171,17 @@ class AsyncEngine:
     def abort(self, request_id: str) -> Awaitable[None]:
         """End a request after the step in flight; its last output has ``finish_reason``
         ``abort``.  An unknown id is ignored.  May be awaited, need not be."""
+        self._send_abort(request_id, None)
+        return _Done()
+
+    def _abort_stream(self, stream: RequestStream) -> None:
+        self._send_abort(stream.request_id, stream)
+
+    def _send_abort(self, request_id: str, stream: RequestStream | None) -> None:
         try:
-            self._send(("abort", request_id))
+            self._send(("abort", request_id, stream))
         except StepError:
             pass  # nothing runs any more
-        return _Done()
 
     def stats(self) -> dict[str, int]:
         """A snapshot, taken between or within steps."""
@@ -241,9 +247,12 @@ class AsyncEngine:
     def _execute(self, command: tuple[Any, ...]) -> None:
         engine = self._engine
         if command[0] == "abort":
-            output = engine.abort(command[1])
+            _, request_id, stream = command
+            if stream is not None and self._streams.get(request_id) is not stream:
+                return  # it has ended, or never ran: the id is somebody else's
+            output = engine.abort(request_id)
             if output is not None:
-                self._ship([(command[1], output)])
+                self._ship([(request_id, output)])
             return
         _, stream, prompt, params, priority, client, streams = command
         try:

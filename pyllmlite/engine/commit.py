@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.request import Sequence, Status
+from pyllmlite.engine.failure import failure
 from pyllmlite.engine.results import Result
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Committer:
         commit = self._cache.commit
         self._logprobs.begin()
         for seq, error in step.failed:
-            actions.fail(seq.output.request, f"{type(error).__name__}: {error}")
+            actions.fail(seq.output.request, error)
         first = 0
         for seq, start, count, rows in zip(
             step.seqs, step.starts, step.counts, step.logits, strict=True
@@ -76,9 +77,7 @@ class Committer:
             try:
                 state.decoder.advance(seq, result, actions)
             except Exception as error:
-                actions.fail(
-                    state, f"decoder {state.decoder.name!r} failed: {type(error).__name__}: {error}"
-                )
+                actions.fail(state, failure(state.decoder, error))
             if drafts:
                 self._settle_drafts(seq, before, drafts)
         self._check_progress(step)
@@ -121,7 +120,11 @@ class Committer:
             seq.num_computed = end
             del seq.draft_ids[accepted:]
             if state.proposer is not None:
-                state.proposer.verified(seq, proposed, accepted)
+                try:
+                    state.proposer.verified(seq, proposed, accepted)
+                except Exception as error:
+                    self._actions.fail(state, failure(state.proposer, error))
+                    return False
             result.tokens = tokens[first : first + accepted + 1]
             result.num_rows = accepted + 1
             result.first = first
@@ -137,7 +140,11 @@ class Committer:
         result.num_rows = 1
         result.first = first + rows - 1
         if state.unborn:
-            self._actions.give_birth(seq)
+            try:
+                self._actions.give_birth(seq)
+            except Exception as error:
+                self._actions.fail(state, failure("starting the other completions", error))
+                return False
         return True
 
     def _score(self, seq: Sequence, state: RequestState, start: int, end: int, first: int) -> None:
@@ -171,9 +178,10 @@ class Committer:
         """A sequence may wait for others of its request (beams), but somebody must have a token
         to run."""
         for seq in step.seqs:
-            if seq.num_computed >= len(seq.token_ids) and seq.row >= 0:
+            # One that has ended may have been the last that got on.
+            if seq.num_computed >= len(seq.token_ids) or seq.row < 0:
                 state: RequestState = seq.output.request
-                if any(
+                if not state.live or any(
                     other.num_uncomputed and other.status is not Status.FINISHED
                     for other in state.request.sequences
                 ):

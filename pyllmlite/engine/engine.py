@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from pyllmlite.core.errors import RequestError
 from pyllmlite.engine.actions import SequenceActions
 from pyllmlite.engine.admission import Admission
 from pyllmlite.engine.commit import Committer
+from pyllmlite.engine.failure import failure
 from pyllmlite.engine.outputs import request_output
 from pyllmlite.engine.plan import Planner, propose
 from pyllmlite.engine.pool import SequencePool
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 # Steps in a row that may stay empty though somebody waits and no event is announced.
 MAX_EMPTY_STEPS = 3
+# Preemptions without anybody computing a token for the first time, besides 4 for each row.
+MAX_PREEMPTIONS = 100
+# Seconds; longer waits are cut in pieces.
+MAX_WAIT = 3600.0
 
 
 class Engine:
@@ -38,16 +44,20 @@ class Engine:
         self.batch = built.batch
         self.requests: dict[str, RequestState] = {}
         self.num_steps = 0
+        self._max_num_seqs = built.max_num_seqs
         self.pool = SequencePool(built.cache, built.max_num_seqs)
         self._pieces: dict[int, str] = {}
         self._changed: dict[str, RequestState] = {}
         self._special = 0  # live requests that need planning
         self._empty_steps = 0
+        self._preemptions = 0  # so many there were when somebody last got on
         config = built.config
         logprobs = Logprobs(built.batch, self._piece)
-        self.actions = SequenceActions(self.pool, built.batch, logprobs, self._note_change)
+        self.actions = SequenceActions(
+            self.pool, built.batch, logprobs, self._note_change, built.spec.vocab_size
+        )
         self._admission = Admission(built, self.actions, config.max_logprobs, config.seed)
-        self._planner = Planner(built.batch, built.cache)
+        self._planner = Planner(built.batch, built.cache, built.spec.vocab_size)
         self._committer = Committer(built.batch, built.cache, self.actions, logprobs)
         self._step = Step(
             self.pool, built.max_num_batched_tokens, built.max_logit_rows, self._start
@@ -73,6 +83,8 @@ class Engine:
                     self._committer.commit(step)
                 except Exception as error:
                     self._fail([seq.output.request for seq in step.seqs], "the step", error)
+                if self.pool.preemptions != self._preemptions:
+                    self._watch_preemptions(step)
                 self.num_steps += 1
                 self._empty_steps = 0
             else:
@@ -132,8 +144,11 @@ class Engine:
         if not self._empty_steps:
             return 0.0
         now = time.monotonic()
-        event = self.scheduler.next_event(now)
-        return 0.0 if event is None else max(0.0, event - now)
+        try:
+            event = self._next_event(now)
+        except Exception:  # the next empty step says so
+            return 0.0
+        return 0.0 if event is None else min(event - now, MAX_WAIT)
 
     def stats(self) -> dict[str, int]:
         return {
@@ -173,25 +188,46 @@ class Engine:
             self._pieces[token] = tokenizer.decode([token], skip_special_tokens=False)
         return self._pieces[token]
 
+    def _next_event(self, now: float) -> float | None:
+        """The scheduler's, if it is one: in the future, and not for ever away."""
+        event = self.scheduler.next_event(now)
+        return event if event is not None and now < event < math.inf else None
+
     # -- when it goes wrong ------------------------------------------------------------------------
     def _fail(self, states: list[RequestState], what: str, error: Exception) -> None:
-        message = f"{what} failed: {type(error).__name__}: {error}"
+        message = failure(what, error)
         for state in states:
             self.actions.fail(state, message)
         self.actions.flush()
+
+    def _watch_preemptions(self, step: Step) -> None:
+        """Whoever gives way computes again what it had.  Without end, if a scheduler lets nobody
+        get further than that."""
+        if any(seq.num_computed > seq.output.reached for seq in step.seqs):
+            self._preemptions = self.pool.preemptions
+        elif self.pool.preemptions - self._preemptions > MAX_PREEMPTIONS + 4 * self._max_num_seqs:
+            count = self.pool.preemptions - self._preemptions
+            message = f"scheduler {self.scheduler.name!r} preempted {count} times, nobody got on"
+            for state in list(self.requests.values()):
+                self.actions.fail(state, message)
+            self._preemptions = self.pool.preemptions
 
     def _nothing_ran(self, step: Step) -> None:
         """An empty step: somebody could not be started, a time window is open, or a scheduler
         hangs."""
         pool = self.pool
         if step.failed:
-            for seq, error in step.failed:
-                self.actions.fail(seq.output.request, f"{type(error).__name__}: {error}")
+            for seq, message in step.failed:
+                self.actions.fail(seq.output.request, message)
             return
         if not len(pool):
             return
         self._empty_steps += 1
-        if self.scheduler.next_event(step.now) is not None:
+        try:
+            if self._next_event(step.now) is not None:
+                return
+        except Exception as error:
+            self._fail(list(self.requests.values()), f"scheduler {self.scheduler.name!r}", error)
             return
         if len(pool.running) > 1:
             # Nobody gets on, so somebody gives way.  Behind the others: it may hold the row that

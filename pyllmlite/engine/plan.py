@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import operator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyllmlite.engine.failure import failure
+
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
-    from typing import Any
 
     from pyllmlite.core.request import Sequence
     from pyllmlite.engine.pool import SequencePool
     from pyllmlite.engine.schedule import Step
     from pyllmlite.engine.state import RequestState
     from pyllmlite.hooks.cache import KVCache
+    from pyllmlite.hooks.decoder import Constraint
 
 
 def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
@@ -28,9 +32,10 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
         if room <= 0:
             continue
         try:
-            drafts = [int(token) for token in state.proposer.propose(seq, room)][:room]
+            proposed = islice(state.proposer.propose(seq, room), room)
+            drafts = [operator.index(token) for token in proposed]
         except Exception as error:
-            step.failed.append((seq, error))
+            step.failed.append((seq, failure(state.proposer, error)))
             continue
         bad = next((i for i, token in enumerate(drafts) if not 0 <= token < vocab_size), None)
         seq.draft_ids = drafts[:bad]
@@ -39,12 +44,12 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
 class Planner:
     """Writes the step into the native batch."""
 
-    def __init__(self, batch: Any, cache: KVCache) -> None:
+    def __init__(self, batch: Any, cache: KVCache, vocab_size: int) -> None:
         self.batch = batch
         self.cache = cache
         self.table = batch.token_table
         self._groups = range(len(cache.block_tables))
-        self._wishes = Wishes(batch)
+        self._wishes = Wishes(batch, vocab_size)
 
     def plan(self, step: Step, special: bool) -> None:
         """``special``: a request is among them that needs more than its tokens to be run."""
@@ -75,58 +80,82 @@ class Planner:
                 if end == len(seq.token_ids) + len(seq.draft_ids):  # a token will be chosen
                     wishes.seq = seq
                     wishes.first = first + wanted - 1 - len(seq.draft_ids)
+                    wishes.count = len(seq.draft_ids) + 1
+                    part: Any = state.decoder
                     try:
                         if state.decoder.plans_steps:
                             state.decoder.plan(seq, wishes)
-                        if state.constraints:
-                            self._constrain(seq, state)
+                        for part, at in zip(
+                            state.constraints, seq.output.constraint_states, strict=True
+                        ):
+                            self._constrain(seq, part, at)
                     except Exception as error:
-                        step.failed.append((seq, error))
+                        step.failed.append((seq, failure(part, error)))
             first += wanted
         for row, mask in wishes.masks.items():
             self.batch.set_mask(row, mask)
 
-    def _constrain(self, seq: Sequence, state: RequestState) -> None:
+    def _constrain(self, seq: Sequence, constraint: Constraint, at: Any) -> None:
         """A mask for each of the sequence's rows; behind a draft the constraint stands as if it
         had been taken, and goes back afterwards."""
-        for constraint, at in zip(state.constraints, seq.output.constraint_states, strict=True):
-            accepted = 0
-            try:
-                for row in range(len(seq.draft_ids) + 1):
-                    mask = constraint.mask(at)
-                    if mask is not None:
-                        self._wishes.mask(row, mask)
-                    if row == len(seq.draft_ids):
-                        break
-                    draft = seq.draft_ids[row]
-                    if mask is not None and not int(mask[draft >> 5]) >> (draft & 31) & 1:
-                        break  # this draft cannot be drawn, so no row behind it counts
-                    constraint.accept(at, draft)
-                    accepted += 1
-            finally:
-                if accepted:
-                    constraint.rollback(at, accepted)
+        accepted = 0
+        try:
+            for row in range(len(seq.draft_ids) + 1):
+                mask = constraint.mask(at)
+                if mask is not None:
+                    self._wishes.mask(row, mask)
+                    mask = self._wishes.masks[self._wishes.first + row]
+                if row == len(seq.draft_ids):
+                    break
+                draft = seq.draft_ids[row]
+                if mask is not None and not int(mask[draft >> 5]) >> (draft & 31) & 1:
+                    break  # this draft cannot be drawn, so no row behind it counts
+                constraint.accept(at, draft)
+                accepted += 1
+        finally:
+            if accepted:
+                constraint.rollback(at, accepted)
 
 
 class Wishes:
-    """The :class:`~pyllmlite.hooks.decoder.StepPlan` of one sequence after the other."""
+    """The :class:`~pyllmlite.hooks.decoder.StepPlan` of one sequence after the other.
 
-    __slots__ = ("_batch", "first", "masks", "seq")
+    What does not fit is refused here, where it is known whose wish it is: in the native batch it
+    would end the step for all.
 
-    def __init__(self, batch: Any) -> None:
+    Attributes:
+        first, count: The rows of ``seq`` in the step.
+    """
+
+    __slots__ = ("_batch", "_num_words", "count", "first", "masks", "seq")
+
+    def __init__(self, batch: Any, vocab_size: int) -> None:
         self._batch = batch
+        self._num_words = (vocab_size + 31) // 32
         self.seq: Sequence
-        self.first = 0
+        self.first = self.count = 0
         self.masks: dict[int, np.ndarray] = {}
 
     def bias(self, ids: Seq[int], values: Seq[float]) -> None:
         self._batch.set_step_bias(self.seq.row, ids, values)
 
     def mask(self, row: int, bits: np.ndarray) -> None:
-        at = self.first + row
+        at = self._row(row)
+        words = np.asarray(bits)
+        if words.shape != (self._num_words,) or words.dtype not in (np.uint32, np.int32):
+            raise ValueError(
+                f"a mask is uint32 [{self._num_words}], a bit for each token, got "
+                f"{words.dtype} {list(words.shape)}"
+            )
+        words = words.view(np.uint32)
         other = self.masks.get(at)
         # A copy: a constraint may use its array again for the next row.
-        self.masks[at] = np.array(bits, np.uint32) if other is None else other & bits
+        self.masks[at] = words.copy() if other is None else other & words
 
     def want_logits(self, row: int) -> None:
-        self._batch.want_logits(self.first + row)
+        self._batch.want_logits(self._row(row))
+
+    def _row(self, row: int) -> int:
+        if not 0 <= row < self.count:
+            raise ValueError(f"row {row} is not in [0, {self.count})")
+        return self.first + row

@@ -21,6 +21,7 @@ class SequencePool:
         waiting: In the order of arrival; a preempted one is first.
         free_rows: Rows of the native batch that nobody holds.
         version: Counts changes of the two lists.
+        preemptions: Counts them.
     """
 
     def __init__(self, cache: KVCache, max_num_seqs: int) -> None:
@@ -29,6 +30,7 @@ class SequencePool:
         self.waiting: list[Sequence] = []
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.version = 0
+        self.preemptions = 0
 
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
@@ -55,6 +57,8 @@ class SequencePool:
         """Its blocks and its row go back; it waits, before (``first``) or behind all others, to
         be computed again."""
         self._leave(seq)
+        self.preemptions += 1
+        seq.output.reached = max(seq.output.reached, seq.num_computed)
         seq.num_computed = 0
         seq.draft_ids = []
         seq.preemptions += 1

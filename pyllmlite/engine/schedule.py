@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyllmlite.core.request import Sequence, Status
+from pyllmlite.engine.failure import failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +79,7 @@ class Step:
         self.starts: list[int] = []
         self.counts: list[int] = []
         self.logits: list[int] = []
-        self.failed: list[tuple[Sequence, Exception]] = []
+        self.failed: list[tuple[Sequence, str]] = []
         self._cache_full: Sequence | None = None
 
     # -- what a scheduler sees: lists of its own, which no call of run or preempt changes -------
@@ -207,7 +208,12 @@ class Step:
         if cached is None:
             return 0
         count, logits = self._clip(state, len(seq.token_ids) - cached, limit)
-        if count <= 0 or not cache.reserve(seq.id, cached + count):
+        try:
+            room = count > 0 and cache.reserve(seq.id, cached + count)
+        except Exception:
+            cache.free(seq.id)  # nobody else knows of it
+            raise
+        if not room:
             cache.free(seq.id)
             if count > 0:
                 state.blocked_at = cache.num_free_blocks
@@ -220,7 +226,7 @@ class Step:
         try:
             self._on_start(seq)
         except Exception as error:
-            self.failed.append((seq, error))
+            self.failed.append((seq, failure(state.request.decoder, error)))
             return 0
         if seq.preemptions == 0 and seq.child == 0:
             seq.request.num_cached_tokens = cached

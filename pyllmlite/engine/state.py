@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from pyllmlite.hooks.decoder import Constraint, Decoder, Proposer
 
 _MASK = (1 << 64) - 1
+# What the native float32 and int32 hold.
+_SMALLEST = 2.0**-126
+_LARGEST = 2**31 - 1
 
 
 def mix_seed(seed: int, index: int) -> int:
@@ -105,15 +108,15 @@ class RequestState:
         bias = params.logit_bias or {}
         return {
             "temperature": params.temperature,
-            "top_p": params.top_p,
+            "top_p": max(params.top_p, _SMALLEST),
             "min_p": params.min_p,
-            "top_k": params.top_k,
+            "top_k": min(params.top_k, _LARGEST),
             "repetition_penalty": params.repetition_penalty,
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,
             "num_logprobs": self.num_logprobs,
             "prompt_len": prompt_len,
-            "min_len": self.min_tokens_end if params.min_tokens else 0,
+            "min_len": min(self.min_tokens_end, self.limit) if params.min_tokens else 0,
             "bias_ids": list(bias),
             "bias_values": list(bias.values()),
             "banned_ids": sorted(self.stop_ids) if params.min_tokens else [],
@@ -129,7 +132,14 @@ class RequestState:
     def sampling_for(self, seq: Sequence) -> dict[str, Any]:
         """The native sampling parameters of one sequence."""
         seed = self.seed if seq.child == 0 else mix_seed(self.seed, seq.child)
-        sampling = {**self.sampling, "seed": seed, **self.decoder.sampling(seq)}
+        wishes = self.decoder.sampling(seq)
+        unknown = wishes.keys() - self.sampling.keys() - {"seed"}
+        if unknown:
+            raise ValueError(
+                f"sampling() names {', '.join(sorted(unknown))}; known: seed, "
+                + ", ".join(self.sampling)
+            )
+        sampling = {**self.sampling, "seed": seed, **wishes}
         # A decoder may want more than the request asked for (beams), never less.
         sampling["num_logprobs"] = max(sampling["num_logprobs"], self.num_logprobs)
         seq.output.num_top = sampling["num_logprobs"]
@@ -145,6 +155,7 @@ class SequenceState:
     detokenizer: Text so far; None: no text is asked for.
     blocked_at: Free blocks when the cache last had no room to start it; -1: it had.
     num_top: Log-probabilities that its row yields, the decoder's wish included.
+    reached: Tokens that it had computed at most when it was preempted.
     """
 
     __slots__ = (
@@ -154,6 +165,7 @@ class SequenceState:
         "limit",
         "num_top",
         "plain",
+        "reached",
         "request",
         "stamp",
         "stop_ids",
@@ -169,3 +181,4 @@ class SequenceState:
         self.detokenizer = detokenizer
         self.blocked_at = -1
         self.num_top = request.num_logprobs
+        self.reached = 0

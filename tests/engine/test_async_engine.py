@@ -97,6 +97,23 @@ def test_leaving_and_cancelling_abort():
     served(test)
 
 
+def test_leaving_does_not_end_another_request_of_that_name():
+    async def test(engine):
+        engine.built.program.before = lambda batch: threading.Event().wait(0.002)
+        first = engine.add([1, 2], LONG, "same")
+        await first.__anext__()
+        second = engine.add([1, 2], LONG, "same")  # will be refused, but is left before
+        await second.aclose()
+        for _ in range(5):
+            output = await first.__anext__()
+        assert output.outputs[0].finish_reason is None
+        engine.abort("same")
+        output = [o async for o in first][-1]
+        assert output.outputs[0].finish_reason == "abort"
+
+    served(test)
+
+
 def test_refusals_come_out_of_the_stream():
     async def test(engine):
         with pytest.raises(RequestError, match="a prompt is"):
