@@ -28,6 +28,8 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
         seq.draft_ids = []
         if state.proposer is None or seq.num_uncomputed != 1:
             continue
+        if state.unborn or state.scoring:
+            continue  # the last token of a prompt, which has more to do than to choose one
         room = state.limit - len(seq.token_ids) - 1  # the last token is never a draft
         if room <= 0:
             continue
