@@ -55,18 +55,19 @@ void set_sampling(PyBatch& b, int32_t row, float temperature, float top_p, float
   params.min_len = min_len;
   read_ints(bias_ids, "bias_ids", &b.scratch[0]);
   read_ints(banned_ids, "banned_ids", &b.scratch[1]);
-  b.batch.set_sampling(row, params, ints(b.scratch[0]), bias_values, ints(b.scratch[1]));
+  b.idle().set_sampling(row, params, ints(b.scratch[0]), bias_values, ints(b.scratch[1]));
 }
 
 void set_step(PyBatch& b, const py::object& rows, const py::object& starts,
               const py::object& counts, const py::object& logits, const py::object& targets) {
+  b.idle();
   b.masks.clear();
   read_ints(rows, "rows", &b.scratch[0]);
   read_ints(starts, "starts", &b.scratch[1]);
   read_ints(counts, "counts", &b.scratch[2]);
   read_ints(logits, "logits", &b.scratch[3]);
   read_ints(targets, "targets", &b.scratch[4]);
-  b.batch.set_step(ints(b.scratch[0]), ints(b.scratch[1]), ints(b.scratch[2]), ints(b.scratch[3]),
+  b.idle().set_step(ints(b.scratch[0]), ints(b.scratch[1]), ints(b.scratch[2]), ints(b.scratch[3]),
                    ints(b.scratch[4]));
 }
 
@@ -75,12 +76,12 @@ void append(PyBatch& b, const py::object& rows, const py::object& tokens,
   read_ints(rows, "rows", &b.scratch[0]);
   read_ints(tokens, "tokens", &b.scratch[1]);
   read_ints(positions, "positions", &b.scratch[2]);
-  b.batch.append(ints(b.scratch[0]), ints(b.scratch[1]), ints(b.scratch[2]));
+  b.idle().append(ints(b.scratch[0]), ints(b.scratch[1]), ints(b.scratch[2]));
 }
 
 void set_mask(PyBatch& b, int32_t logit_row, const py::object& mask) {
   if (mask.is_none()) {
-    b.batch.set_mask(logit_row, nullptr, 0);
+    b.idle().set_mask(logit_row, nullptr, 0);
     return;
   }
   if (!py::isinstance<py::array_t<uint32_t>>(mask)) {
@@ -90,7 +91,7 @@ void set_mask(PyBatch& b, int32_t logit_row, const py::object& mask) {
   if (array.ndim() != 1 || !(array.flags() & py::array::c_style)) {
     throw py::value_error("a mask must be a contiguous array of one dimension");
   }
-  b.batch.set_mask(logit_row, static_cast<const uint32_t*>(array.data()),
+  b.idle().set_mask(logit_row, static_cast<const uint32_t*>(array.data()),
                    static_cast<size_t>(array.size()));
   b.masks.push_back(mask);
 }
@@ -104,7 +105,7 @@ void set_copies(PyBatch& b, int32_t group, const py::object& pairs) {
     if (pair.size() != 2) throw py::value_error("a copy is a pair (source, destination)");
     flat.insert(flat.end(), pair.begin(), pair.end());
   }
-  b.batch.set_copies(group, ints(flat));
+  b.idle().set_copies(group, ints(flat));
 }
 
 py::list token_list(const PyBatch& b) {
@@ -157,25 +158,25 @@ void bind_batch(py::module_& m) {
       .def(
           "copy_row",
           [](PyBatch& b, int32_t source, int32_t target, int32_t length) {
-            b.batch.copy_row(source, target, length);
+            b.idle().copy_row(source, target, length);
           },
           py::arg("source"), py::arg("target"), py::arg("length"))
       .def("append", &append, py::arg("rows"), py::arg("tokens"), py::arg("positions"))
       .def("set_step", &set_step, py::arg("rows"), py::arg("starts"), py::arg("counts"),
            py::arg("logits"), py::arg("targets") = none)
       .def(
-          "score_prompt", [](PyBatch& b, int32_t index) { b.batch.score_prompt(index); },
+          "score_prompt", [](PyBatch& b, int32_t index) { b.idle().score_prompt(index); },
           py::arg("index"))
       .def("set_mask", &set_mask, py::arg("logit_row"), py::arg("mask"))
       .def(
           "set_step_bias",
           [](PyBatch& b, int32_t row, const py::object& ids, const std::vector<float>& values) {
             read_ints(ids, "ids", &b.scratch[0]);
-            b.batch.set_step_bias(row, ints(b.scratch[0]), values);
+            b.idle().set_step_bias(row, ints(b.scratch[0]), values);
           },
           py::arg("row"), py::arg("ids"), py::arg("values"))
       .def(
-          "want_logits", [](PyBatch& b, int32_t row) { b.batch.want_logits(row); },
+          "want_logits", [](PyBatch& b, int32_t row) { b.idle().want_logits(row); },
           py::arg("logit_row"))
       .def("set_copies", &set_copies, py::arg("group"), py::arg("pairs"))
       .def_property_readonly("num_tokens",

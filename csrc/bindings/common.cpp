@@ -66,8 +66,16 @@ py::dtype numpy_dtype(int32_t dtype) {
   throw py::value_error("unknown dtype " + std::to_string(dtype));
 }
 
+void check_byte_order(const py::array& array, const std::string& what) {
+  if (array.dtype().attr("isnative").cast<bool>()) return;
+  throw py::value_error(what + ": an array of dtype " +
+                        py::str(array.dtype()).cast<std::string>() +
+                        " is not in this machine's byte order");
+}
+
 pll_tensor tensor_of(const py::array& array, const std::string& dtype_name,
                      const std::string& what) {
+  check_byte_order(array, what);
   const char kind = array.dtype().kind();
   const py::ssize_t bytes = array.itemsize();
   pll_dtype dtype;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,6 +32,8 @@ std::shared_ptr<void> keep_alive(std::vector<py::object> objects);
 pll_dtype dtype_from_name(const std::string& name);
 // numpy dtype in which values of `dtype` travel (bf16 and f16 as uint16 bits).
 py::dtype numpy_dtype(int32_t dtype);
+// ValueError for an array whose bytes are swapped.
+void check_byte_order(const py::array& array, const std::string& what);
 // An array as a tensor; `dtype_name` says what uint16 bits mean (empty: bf16).  ValueError where
 // the array is not C-contiguous or its dtype has no meaning here.
 pll_tensor tensor_of(const py::array& array, const std::string& dtype_name,
@@ -51,6 +54,7 @@ py::array view_of(const T* data, std::vector<py::ssize_t> shape, py::handle base
 struct PyOp {
   OpPtr op;
   std::string name;
+  uint32_t writes = 0;  // bit i: it writes its i-th buffer (31: and all after); 0 for a capsule's
 };
 
 // What Python holds as `Batch`: the batch, and the objects that it reads.
@@ -59,6 +63,13 @@ struct PyBatch {
   std::vector<py::object> keep;   // block tables
   std::vector<py::object> masks;  // of the step
   std::vector<int32_t> scratch[5];
+  bool running = false;  // a Program reads it: only changed with the GIL
+
+  // For whatever changes the step: RuntimeError while a Program runs it.
+  Batch& idle() {
+    if (running) throw std::runtime_error("the batch cannot be changed while a Program runs it");
+    return batch;
+  }
 };
 
 void bind_runtime(py::module_& m);

@@ -33,12 +33,13 @@ class Inputs {
     keep(weight.mins);
   }
 
-  PyOp take(pll_op op) {
+  // `writes`: see PyOp.
+  PyOp take(pll_op op, uint32_t writes) {
     // Memory of packed weights needs no GIL, arrays do: keep_alive sees to it.
     auto memory = std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(memory_));
     memory->push_back(keep_alive(std::move(keep_)));
     const std::string name = op.name == nullptr ? "op" : op.name;
-    return {own_op(op, memory), name};
+    return {own_op(op, memory), name, writes};
   }
 
  private:
@@ -159,7 +160,7 @@ PyOp linear(const PyPackedLinear& weight, const std::optional<NormArgs>& norm,
   spec.logit_rows = logit_rows;
   spec.softcap = softcap;
   spec.output_scale = output_scale;
-  return inputs.take(make_linear(spec));
+  return inputs.take(make_linear(spec), 1u << 1);
 }
 
 PyOp norm(const NormArgs& norm, int64_t width, bool residual) {
@@ -169,7 +170,7 @@ PyOp norm(const NormArgs& norm, int64_t width, bool residual) {
   spec.norm = norm.spec(width, &inputs);
   spec.width = width;
   spec.residual = residual;
-  return inputs.take(make_norm(spec));
+  return inputs.take(make_norm(spec), 1u << 1);
 }
 
 PyOp embed(const PyPackedLinear& table, float scale, const OptionalFloats& position_table,
@@ -190,7 +191,7 @@ PyOp embed(const PyPackedLinear& table, float scale, const OptionalFloats& posit
     spec.num_positions = position_table->shape(0);
     spec.position_offset = position_offset;
   }
-  return inputs.take(make_embed(spec));
+  return inputs.take(make_embed(spec), 1u << 0);
 }
 
 PyOp rotary_store(int32_t num_heads, const KVLayout& kv, int32_t kv_group, int32_t rotary_dim,
@@ -218,7 +219,7 @@ PyOp rotary_store(int32_t num_heads, const KVLayout& kv, int32_t kv_group, int32
   spec.q_norm = inputs.floats(q_norm, kv.head_dim, "q_norm");
   spec.k_norm = inputs.floats(k_norm, kv.head_dim, "k_norm");
   spec.qk_norm_eps = qk_norm_eps;
-  return inputs.take(make_rotary_store(spec));
+  return inputs.take(make_rotary_store(spec), 1u << 0 | 1u << 1 | 1u << 2);
 }
 
 PyOp attention(int32_t num_heads, const KVLayout& kv, int32_t kv_group, float scale,
@@ -234,17 +235,17 @@ PyOp attention(int32_t num_heads, const KVLayout& kv, int32_t kv_group, float sc
   spec.window = window;
   spec.softcap = softcap;
   spec.alibi_slopes = inputs.floats(alibi_slopes, num_heads, "alibi_slopes");
-  return inputs.take(make_attention(spec));
+  return inputs.take(make_attention(spec), 1u << 1);
 }
 
 PyOp sample(int64_t vocab_size) {
   if (vocab_size < 1) throw py::value_error("vocab_size must be at least 1");
-  return Inputs().take(make_sample(vocab_size));
+  return Inputs().take(make_sample(vocab_size), 0);
 }
 
 PyOp copy_blocks(int32_t kv_group) {
   if (kv_group < 0) throw py::value_error("kv_group must be at least 0");
-  return Inputs().take(make_copy_blocks(kv_group));
+  return Inputs().take(make_copy_blocks(kv_group), ~0u);
 }
 
 }  // namespace

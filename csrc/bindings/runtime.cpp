@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "common.h"
 
@@ -35,6 +36,27 @@ struct BatchView {
   }
 };
 
+// Native code writes where it is told to: memory that is mapped read-only would end the process.
+void check_writes(const PyOp& op, const std::string& name, size_t index, bool read_only) {
+  if (read_only && (op.writes >> std::min<size_t>(index, 31) & 1) != 0) {
+    throw py::value_error("op '" + name + "' writes buffer " + std::to_string(index) +
+                          ", which is a read-only array");
+  }
+}
+
+// While it lives nobody changes the batch, nor runs it a second time.
+struct Running {
+  explicit Running(PyBatch* b) : batch(b) {
+    if (batch == nullptr) return;
+    if (batch->running) throw std::runtime_error("a Program is already running this batch");
+    batch->running = true;
+  }
+  ~Running() {
+    if (batch != nullptr) batch->running = false;
+  }
+  PyBatch* batch;
+};
+
 struct PyProgram {
   PyProgram(int32_t max_num_tokens, int32_t max_logit_rows, std::shared_ptr<ThreadPool> pool)
       : program(max_num_tokens, max_logit_rows, std::move(pool)) {}
@@ -51,6 +73,13 @@ struct PyProgram {
     throw py::value_error("rows must be 'tokens', 'logits' or a count, got '" + word + "'");
   }
 
+  int add_op(const PyOp& op, const std::vector<int>& ids, const std::string& name) {
+    for (size_t i = 0; i < ids.size(); ++i) check_writes(op, name, i, is_read_only(ids[i]));
+    return program.add_op(op.op, ids, name);
+  }
+
+  bool is_read_only(int id) const { return read_only.count(id) != 0; }
+
   int add_python_op(py::object function, const std::vector<int>& ids, const std::string& name) {
     if (!PyCallable_Check(function.ptr())) {
       throw py::value_error("op '" + name + "' is not callable");
@@ -61,7 +90,7 @@ struct PyProgram {
     const PyObject* callable = function.ptr();
     std::shared_ptr<void> keep = keep_alive({std::move(function)});
     return program.add_host_op(
-        [this, callable, keep, rows](const pll_batch& batch, const pll_tensor* buffers,
+        [this, callable, keep, rows, ids](const pll_batch& batch, const pll_tensor* buffers,
                                      int32_t num_buffers) {
           py::gil_scoped_acquire gil;
           py::tuple arguments(num_buffers + 1);
@@ -70,7 +99,7 @@ struct PyProgram {
             const int64_t count = rows[i] == Program::kTokenRows   ? batch.num_tokens
                                   : rows[i] == Program::kLogitRows ? batch.num_logit_rows
                                                                    : buffers[i].shape[0];
-            arguments[i + 1] = view_of(buffers[i], count, self, true);
+            arguments[i + 1] = view_of(buffers[i], count, self, !is_read_only(ids[i]));
           }
           PyObject* result = PyObject_CallObject(const_cast<PyObject*>(callable), arguments.ptr());
           if (result == nullptr) throw py::error_already_set();
@@ -81,18 +110,19 @@ struct PyProgram {
 
   void run(py::handle me, py::object batch_object) {
     PyBatch& batch = batch_object.cast<PyBatch&>();
-    // Set and cleared under the GIL; a second thread's run is refused by the Program, and must
-    // not take the running one's batch away.
+    // Set and cleared under the GIL: a second thread must not take the running one's batch away.
+    if (self) throw std::runtime_error("the Program is already running a step");
+    const Running running(&batch);
     struct Scope {
       PyProgram& p;
-      py::object batch;
-      py::handle self;
-      Scope(PyProgram& program, py::object b, py::handle s)
-          : p(program), batch(std::exchange(program.current_batch, std::move(b))),
-            self(std::exchange(program.self, s)) {}
+      Scope(PyProgram& program, py::object b, py::handle s) : p(program) {
+        p.current_batch = std::move(b);
+        p.self = s;
+      }
       ~Scope() {
-        p.current_batch = std::move(batch);
-        p.self = self;
+        p.self = py::handle();
+        // Last: it may run Python code, which may run this Program.
+        const py::object done = std::move(p.current_batch);
       }
     } scope(*this, std::move(batch_object), me);
     struct Copies {
@@ -104,6 +134,7 @@ struct PyProgram {
   }
 
   Program program;
+  std::set<int> read_only;  // tensors over arrays that nobody may write
   py::object current_batch;
   py::handle self;  // valid while running
 };
@@ -124,7 +155,7 @@ PyOp op_from_capsule(const py::object& object) {
   // The struct is the capsule's, which lives as long as the op; the state is ours from now on.
   OpPtr owned = own_op(*op, keep_alive({object}));
   if (PyCapsule_SetName(capsule, PLL_OP_CAPSULE_TAKEN) != 0) throw py::error_already_set();
-  return {std::move(owned), op->name == nullptr ? "op" : op->name};
+  return {std::move(owned), op->name == nullptr ? "op" : op->name, 0};
 }
 
 // Pools of run_op, one a thread count: a micro-benchmark must not time the making of threads.
@@ -141,6 +172,7 @@ void run_op(const PyOp& op, const std::vector<py::array>& arrays, PyBatch* batch
   const py::ssize_t rows = arrays.empty() || arrays[0].ndim() == 0 ? 1 : arrays[0].shape(0);
   const int32_t num_tokens = batch != nullptr ? batch->batch.view().num_tokens
                                               : static_cast<int32_t>(rows);
+  if (batch == nullptr && num_tokens == 0) return;
   // Without a batch: one sequence of as many tokens as the first array has rows, all of whose
   // logits are wanted.
   std::vector<int32_t> iota(num_tokens + 1), zeros(num_tokens + 1);
@@ -161,10 +193,12 @@ void run_op(const PyOp& op, const std::vector<py::array>& arrays, PyBatch* batch
                   shared_pool(num_threads));
   std::vector<int> ids;
   for (const py::array& array : arrays) {
+    check_writes(op, op.name, ids.size(), !array.writeable());
     ids.push_back(program.add_tensor("array", tensor_of(array, "", "run_op")));
   }
   program.add_op(op.op, ids, op.name);
   program.finish();
+  const Running running(batch);
   py::gil_scoped_release release;
   program.run(step);
 }
@@ -228,7 +262,9 @@ void bind_runtime(py::module_& m) {
           [](PyProgram& p, const std::string& name, const py::array& array,
              const std::optional<std::string>& dtype) {
             const pll_tensor tensor = tensor_of(array, dtype.value_or(""), "tensor '" + name + "'");
-            return p.program.add_tensor(name, tensor, keep_alive({array}));
+            const int id = p.program.add_tensor(name, tensor, keep_alive({array}));
+            if (!array.writeable()) p.read_only.insert(id);
+            return id;
           },
           py::arg("name"), py::arg("array"), py::arg("dtype") = py::none())
       .def(
@@ -238,10 +274,7 @@ void bind_runtime(py::module_& m) {
           },
           py::arg("name"), py::arg("other"), py::arg("width"))
       .def(
-          "add_op",
-          [](PyProgram& p, const PyOp& op, const std::vector<int>& buffers,
-             const std::string& name) { return p.program.add_op(op.op, buffers, name); },
-          py::arg("op"), py::arg("buffers"), py::arg("name"))
+          "add_op", &PyProgram::add_op, py::arg("op"), py::arg("buffers"), py::arg("name"))
       .def("add_python_op", &PyProgram::add_python_op, py::arg("function"), py::arg("buffers"),
            py::arg("name"))
       .def("finish", [](PyProgram& p) { p.program.finish(); })
@@ -254,8 +287,10 @@ void bind_runtime(py::module_& m) {
       .def(
           "buffer",
           [](py::object self, int id) {
-            const pll_tensor& tensor = self.cast<PyProgram&>().program.buffer(id);
-            return view_of(tensor, tensor.ndim > 0 ? tensor.shape[0] : 1, self, true);
+            const PyProgram& p = self.cast<PyProgram&>();
+            const pll_tensor& tensor = p.program.buffer(id);
+            return view_of(tensor, tensor.ndim > 0 ? tensor.shape[0] : 1, self,
+                           !p.is_read_only(id));
           },
           py::arg("id"))
       .def(

@@ -83,7 +83,8 @@ PyPackedLinear empty(const std::string& format, int64_t n, int64_t k, int64_t gr
   return p;
 }
 
-void check_shape(const py::array& array, int64_t rows, int64_t columns, const char* what) {
+void check_array(const py::array& array, int64_t rows, int64_t columns, const char* what) {
+  check_byte_order(array, what);
   if (array.ndim() != 2 || array.shape(0) != rows || array.shape(1) != columns) {
     std::string found;
     for (py::ssize_t i = 0; i < array.ndim(); ++i) {
@@ -108,7 +109,7 @@ const uint16_t* group_values(const PyPackedLinear& p, const OptionalArray& array
   if (array->itemsize() != 2 || (kind != 'f' && kind != 'u')) {
     throw py::value_error(std::string(what) + " must be float16");
   }
-  check_shape(*array, rows, num_groups(p.weight), what);
+  check_array(*array, rows, num_groups(p.weight), what);
   return static_cast<const uint16_t*>(array->data());
 }
 
@@ -116,7 +117,7 @@ void set_rows(PyPackedLinear& p, int64_t first, const py::array& values,
               const OptionalArray& scales, const OptionalArray& mins) {
   const PackedLinear& w = p.weight;
   const int64_t count = values.ndim() == 2 ? values.shape(0) : 0;
-  check_shape(values, count, w.k, "values");
+  check_array(values, count, w.k, "values");
   if (first < 0 || count > w.n - first) {
     throw py::value_error("rows " + std::to_string(first) + " to " +
                           std::to_string(first + count) + " do not lie in [0, " +

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cpu/buffers.h"
 #include "cpu/attention_tile.h"
 #include "cpu/factories.h"
 
@@ -96,6 +97,10 @@ void free_plan(AttentionState* s) {
   s->areas = nullptr;
 }
 
+size_t scratch_of(const AttentionState& s) {
+  return cut_scratch(s, nullptr, nullptr) + s.partials_per_thread * partial_bytes(s);
+}
+
 size_t attention_scratch(void* state, int32_t max_num_tokens, int32_t num_threads) {
   AttentionState* s = static_cast<AttentionState*>(state);
   free_plan(s);
@@ -111,7 +116,7 @@ size_t attention_scratch(void* state, int32_t max_num_tokens, int32_t num_thread
   const int64_t budget = static_cast<int64_t>(kPartialBytes / partial_bytes(*s));
   if (partials > budget) partials = budget;
   s->partials_per_thread = (partials + num_threads - 1) / num_threads;
-  return cut_scratch(*s, nullptr, nullptr) + s->partials_per_thread * partial_bytes(*s);
+  return scratch_of(*s);
 }
 
 int32_t first_key(const AttentionSpec& spec, int32_t position) {
@@ -402,9 +407,29 @@ void run_typed(const AttentionState& s, const pll_batch* batch, const pll_tensor
   }
 }
 
+int check_attention(void* state, const pll_tensor* buffers, int32_t num_buffers, int32_t max_num_tokens,
+                    int32_t, char* error, size_t error_size) {
+  const AttentionSpec& spec = static_cast<AttentionState*>(state)->spec;
+  const KVLayout& kv = spec.kv;
+  const int64_t cache = saturating_product(saturating_product(kv.num_blocks, kv.num_kv_heads),
+                                           int64_t(kv.head_dim) * kv.block_size);
+  const int64_t width = int64_t(spec.num_heads) * kv.head_dim;
+  const BufferNeed needs[] = {
+      {"qkv", PLL_F32, max_num_tokens, width},
+      {"out", PLL_F32, max_num_tokens, width},
+      {"k_cache", kv.dtype, 0, cache},
+      {"v_cache", kv.dtype, 0, cache},
+  };
+  return check_buffers(needs, 4, buffers, num_buffers, error, error_size);
+}
+
 void run_attention(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
                    const pll_context* ctx) {
   const AttentionState& s = *static_cast<AttentionState*>(state);
+  if (ctx->num_threads > s.num_threads || ctx->scratch_bytes < scratch_of(s)) {
+    ctx->fail(ctx, "attention: its op was finished in another Program since; make an op for each");
+    return;
+  }
   if (s.spec.kv.dtype == PLL_BF16) {
     run_typed<uint16_t>(s, batch, buffers, ctx);
   } else {
@@ -434,6 +459,7 @@ pll_op make_attention(const AttentionSpec& spec) {
   op.scratch_bytes = attention_scratch;
   op.plan = plan_attention;
   op.run = run_attention;
+  op.check = check_attention;
   op.destroy = destroy_attention;
   return op;
 }

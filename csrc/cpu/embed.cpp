@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "cpu/buffers.h"
 #include "simd.h"
 
 namespace pyllmlite::PLL_NS {
@@ -56,6 +57,13 @@ void gather(const Embed& op, int64_t row, const float* position, float* out) {
   }
 }
 
+int check_embed(void* state, const pll_tensor* buffers, int32_t num_buffers, int32_t max_num_tokens,
+                int32_t, char* error, size_t error_size) {
+  const BufferNeed need{"out", PLL_F32, max_num_tokens,
+                        static_cast<Embed*>(state)->spec.table.k};
+  return check_buffers(&need, 1, buffers, num_buffers, error, error_size);
+}
+
 void run_embed(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
                const pll_context* ctx) {
   const Embed& op = *static_cast<const Embed*>(state);
@@ -106,6 +114,7 @@ pll_op make_embed(const EmbedSpec& spec) {
   op.name = "embed";
   op.state = embed;
   op.run = run_embed;
+  op.check = check_embed;
   op.destroy = destroy_embed;
   return op;
 }

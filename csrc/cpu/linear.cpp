@@ -9,6 +9,7 @@
 
 #include <stdexcept>
 
+#include "cpu/buffers.h"
 #include "linear_impl.h"
 
 namespace pyllmlite::PLL_NS {
@@ -150,6 +151,17 @@ const float* input_row(const LinearSpec& spec, const pll_batch* batch, const pll
                        int64_t row) {
   const int64_t from = spec.logit_rows ? batch->logit_rows[row] : row;
   return static_cast<const float*>(x.data) + from * x.stride[0];
+}
+
+int check_linear(void* state, const pll_tensor* buffers, int32_t num_buffers, int32_t max_num_tokens,
+                 int32_t max_logit_rows, char* error, size_t error_size) {
+  const LinearSpec& spec = static_cast<Linear*>(state)->state.spec;
+  const int64_t columns = spec.gated ? spec.weight.n / 2 : spec.weight.n;
+  const BufferNeed needs[] = {
+      {"x", PLL_F32, max_num_tokens, spec.weight.k},
+      {"out", PLL_F32, spec.logit_rows ? max_logit_rows : max_num_tokens, columns},
+  };
+  return check_buffers(needs, 2, buffers, num_buffers, error, error_size);
 }
 
 void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers, int32_t,
@@ -385,6 +397,7 @@ pll_op make_linear(const LinearSpec& spec) {
   op.state = linear;
   op.scratch_bytes = linear_scratch;
   op.run = run_linear;
+  op.check = check_linear;
   op.destroy = destroy_linear;
   return op;
 }

@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include "cpu/buffers.h"
 #include "cpu/factories.h"
 #include "cpu/simd.h"
 
@@ -71,6 +72,16 @@ void norm_row(const NormOpSpec& spec, const float* x, float* out) {
   if (i < width) norm_lanes<false>(spec, x, out, i, width - i, vmean, vfactor);
 }
 
+int check_norm(void* state, const pll_tensor* buffers, int32_t num_buffers, int32_t max_num_tokens,
+               int32_t, char* error, size_t error_size) {
+  const int64_t width = static_cast<NormState*>(state)->spec.width;
+  const BufferNeed needs[] = {
+      {"x", PLL_F32, max_num_tokens, width},
+      {"out", PLL_F32, max_num_tokens, width},
+  };
+  return check_buffers(needs, 2, buffers, num_buffers, error, error_size);
+}
+
 void run_norm(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
               const pll_context* ctx) {
   const NormOpSpec& spec = static_cast<NormState*>(state)->spec;
@@ -93,6 +104,7 @@ pll_op make_norm(const NormOpSpec& spec) {
   op.name = "norm";
   op.state = new NormState{spec};
   op.run = run_norm;
+  op.check = check_norm;
   op.destroy = destroy_norm;
   return op;
 }

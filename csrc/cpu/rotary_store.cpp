@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdio.h>
 
+#include "cpu/buffers.h"
 #include "cpu/factories.h"
 #include "cpu/simd.h"
 
@@ -75,6 +76,21 @@ int plan_store(void* state, const pll_batch* batch, char* error, size_t error_si
   return 0;
 }
 
+int check_store(void* state, const pll_tensor* buffers, int32_t num_buffers, int32_t max_num_tokens,
+                int32_t, char* error, size_t error_size) {
+  const RotaryStoreSpec& spec = static_cast<StoreState*>(state)->spec;
+  const KVLayout& kv = spec.kv;
+  const int64_t cache = saturating_product(saturating_product(kv.num_blocks, kv.num_kv_heads),
+                                           int64_t(kv.head_dim) * kv.block_size);
+  const int64_t heads = int64_t(spec.num_heads) + 2 * int64_t(kv.num_kv_heads);
+  const BufferNeed needs[] = {
+      {"qkv", PLL_F32, max_num_tokens, saturating_product(heads, kv.head_dim)},
+      {"k_cache", kv.dtype, 0, cache},
+      {"v_cache", kv.dtype, 0, cache},
+  };
+  return check_buffers(needs, 3, buffers, num_buffers, error, error_size);
+}
+
 void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
                const pll_context* ctx) {
   const RotaryStoreSpec& spec = static_cast<StoreState*>(state)->spec;
@@ -138,6 +154,7 @@ pll_op make_rotary_store(const RotaryStoreSpec& spec) {
   op.state = new StoreState{spec};
   op.plan = plan_store;
   op.run = run_store;
+  op.check = check_store;
   op.destroy = destroy_store;
   return op;
 }

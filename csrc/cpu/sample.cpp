@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cpu/buffers.h"
 #include "cpu/factories.h"
 #include "cpu/select.h"
 #include "cpu/simd.h"
@@ -385,9 +386,22 @@ size_t sample_scratch(void* state, int32_t, int32_t) {
   return cut_scratch(static_cast<SampleState*>(state)->vocab, nullptr, nullptr);
 }
 
-int plan_sample(void*, const pll_batch* batch, char* error, size_t error_size) {
+int check_sample(void* state, const pll_tensor* buffers, int32_t num_buffers, int32_t,
+                 int32_t max_logit_rows, char* error, size_t error_size) {
+  const BufferNeed need{"logits", PLL_F32, max_logit_rows,
+                        static_cast<SampleState*>(state)->vocab};
+  return check_buffers(&need, 1, buffers, num_buffers, error, error_size);
+}
+
+int plan_sample(void* state, const pll_batch* batch, char* error, size_t error_size) {
   if (batch->num_logit_rows > 0 && !batch->sampler) {
     snprintf(error, error_size, "sample: the batch carries no sampler inputs");
+    return 1;
+  }
+  const int64_t vocab = static_cast<SampleState*>(state)->vocab;
+  if (batch->num_logit_rows > 0 && batch->sampler->vocab_size != vocab) {
+    snprintf(error, error_size, "sample: made for %lld tokens, but the batch has a vocabulary of %d",
+             static_cast<long long>(vocab), batch->sampler->vocab_size);
     return 1;
   }
   return 0;
@@ -422,6 +436,7 @@ pll_op make_sample(int64_t vocab_size) {
   op.scratch_bytes = sample_scratch;
   op.plan = plan_sample;
   op.run = run_sample;
+  op.check = check_sample;
   op.destroy = destroy_sample;
   return op;
 }

@@ -203,6 +203,7 @@ Batch::Batch(int32_t max_rows, int32_t max_model_len, int32_t max_num_tokens,
   pll_sampler_inputs& s = b.sampler;
   s.struct_size = sizeof(s);
   s.max_model_len = max_model_len;
+  s.vocab_size = vocab_size;
   s.token_table = b.token_table.data();
   s.params = b.params.data();
   s.logit_row_of = b.logit_row_of.data();

@@ -37,6 +37,16 @@ int plan_copies(void* state, const pll_batch* batch, char* error, size_t error_s
   return 0;
 }
 
+int check_copies(void*, const pll_tensor* buffers, int32_t num_buffers, int32_t, int32_t,
+                 char* error, size_t error_size) {
+  for (int32_t b = 0; b < num_buffers; ++b) {
+    if (buffers[b].ndim > 0) continue;
+    snprintf(error, error_size, "buffer %d has no blocks to copy, it is a scalar", b);
+    return 1;
+  }
+  return 0;
+}
+
 void run_copies(void* state, const pll_batch* batch, const pll_tensor* buffers,
                 int32_t num_buffers, const pll_context* ctx) {
   const pll_kv_group& group = batch->kv_groups[static_cast<CopyState*>(state)->kv_group];
@@ -75,6 +85,7 @@ pll_op make_copy_blocks(int32_t kv_group) {
   op.state = new CopyState{kv_group};
   op.plan = plan_copies;
   op.run = run_copies;
+  op.check = check_copies;
   op.destroy = destroy_copies;
   return op;
 }

@@ -161,6 +161,16 @@ struct Program::Impl {
                                     ", there are " + std::to_string(buffers.size()));
       }
     }
+    if (node.op && node.op->check != nullptr) {
+      std::vector<pll_tensor> tensors;
+      for (int id : ids) tensors.push_back(buffers[id].tensor);
+      char error[512] = "";
+      if (node.op->check(node.op->state, tensors.data(), static_cast<int32_t>(tensors.size()),
+                         max_num_tokens, max_logit_rows, error, sizeof(error)) != 0) {
+        error[sizeof(error) - 1] = '\0';
+        throw std::invalid_argument("op '" + node.name + "': " + error);
+      }
+    }
     node.ids = ids;
     nodes.push_back(std::move(node));
     return static_cast<int>(nodes.size()) - 1;

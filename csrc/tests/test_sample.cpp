@@ -111,6 +111,7 @@ std::vector<Result> sample(std::vector<Row>& rows, int threads = 1,
   pll_sampler_inputs in{};
   in.struct_size = sizeof(in);
   in.max_model_len = int(longest);
+  in.vocab_size = int32_t(vocab);
   in.token_table = table.data();
   in.params = params.data();
   in.logit_row_of = row_of.data();

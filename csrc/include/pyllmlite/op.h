@@ -116,6 +116,11 @@ typedef struct pll_op {
               const pll_context* ctx);
   /* May be NULL. */
   void (*destroy)(void* state);
+  /* When the op is added to a Program: whether these buffers fit, by number, dtype and shape at
+   * full capacity (data may still be NULL).  Returns 0, or fills `error` as `plan` does.  May be
+   * NULL: nothing is checked. */
+  int (*check)(void* state, const pll_tensor* buffers, int32_t num_buffers,
+               int32_t max_num_tokens, int32_t max_logit_rows, char* error, size_t error_size);
 } pll_op;
 
 #ifdef __cplusplus

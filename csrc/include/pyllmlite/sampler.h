@@ -73,6 +73,7 @@ typedef struct pll_sampler_inputs {
   float* const* logits;                /* [num_logit_rows] or NULL: an entry that is not NULL
                                           ([vocab_size]) gets a copy of the row's raw logits,
                                           taken before anything is applied to them */
+  int32_t vocab_size;                  /* that the masks, ids and copies above are made for */
 } pll_sampler_inputs;
 
 #ifdef __cplusplus
