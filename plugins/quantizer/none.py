@@ -29,6 +29,9 @@ class Unquantized(Quantizer):
     def supports(cls, need: QuantizerNeeds) -> str | None:
         if need.bits is not None:
             return f"keeps floats, {need.bits} bits were asked for"
+        for name in ("group_size", "symmetric"):
+            if getattr(need, name) is not None:
+                return f"keeps floats, which have no {name}"
         if need.dtype not in ("f32", "bf16"):
             return f"keeps f32 or bf16, not {need.dtype!r}"
         return None

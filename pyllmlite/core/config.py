@@ -51,6 +51,16 @@ _WITHOUT_MEANING: dict[str, tuple[Any, ...] | None] = {
     "load_format": ("auto", "safetensors", "gguf"),
     "tokenizer_mode": ("auto",),
     "disable_custom_all_reduce": None,
+    "max_seq_len_to_capture": None,
+    "distributed_executor_backend": None,
+    "compilation_config": None,
+    "limit_mm_per_prompt": None,
+    "cpu_offload_gb": (0,),
+    "enable_lora": (False,),
+    "hf_overrides": (None, {}),
+    "task": ("generate", "auto"),
+    "runner": ("generate", "auto"),
+    "generation_config": ("vllm",),
 }
 
 
@@ -151,6 +161,12 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if self.seed is None:
+            self.seed = 0
+        if self.extra is None:
+            self.extra = {}
+        if not isinstance(self.extra, dict) or not all(isinstance(n, str) for n in self.extra):
+            raise ConfigError(f"extra is a dict from names to values, got {self.extra!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed must be an integer, got {self.seed!r}")
         for name in ("attention", "cache", "quantizer", "scheduler", "decoder"):

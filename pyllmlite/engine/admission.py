@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.errors import PyllmliteError, RequestError
@@ -14,6 +15,7 @@ from pyllmlite.engine.state import RequestState, SequenceState, mix_seed
 
 if TYPE_CHECKING:
     from pyllmlite.engine.actions import SequenceActions
+    from pyllmlite.hooks.decoder import Constraint
 
 
 class Admission:
@@ -46,6 +48,11 @@ class Admission:
         built = self._built
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params must be SamplingParams, got {params!r}")
+        # Schedulers compare it with everybody's.
+        if not isinstance(priority, (int, float)) or not math.isfinite(priority):
+            raise RequestError(f"priority must be a number, got {priority!r}")
+        if not isinstance(client, str):
+            raise RequestError(f"client must be a string, got {client!r}")
         text, ids = parse_prompt(prompt, built.tokenizer)
         check_prompt(ids, built.spec.vocab_size, built.max_model_len, self._cache_len)
         self._check_params(params)
@@ -58,7 +65,7 @@ class Admission:
             request,
             decoder,
             built.proposer,
-            [c for c in built.constraints if c.applies(params)],
+            [c for c in built.constraints if _applies(c, params)],
             seed,
             min(built.max_model_len, self._cache_len),
             built.spec.eos_token_ids,
@@ -119,3 +126,10 @@ class Admission:
                     raise RequestError(f"{name}: token id {token!r} is not in [0, {vocab_size})")
         if params.stop and self._built.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids without one")
+
+
+def _applies(constraint: Constraint, params: SamplingParams) -> bool:
+    try:
+        return constraint.applies(params)
+    except Exception as error:
+        raise RequestError(failure(constraint, error)) from error

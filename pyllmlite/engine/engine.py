@@ -221,6 +221,7 @@ class Engine:
                 self.actions.fail(seq.output.request, message)
             return
         if not len(pool):
+            self._empty_steps = 0
             return
         self._empty_steps += 1
         try:
@@ -244,3 +245,4 @@ class Engine:
                 )
             for state in list(self.requests.values()):
                 self.actions.fail(state, message)
+            self._empty_steps = 0

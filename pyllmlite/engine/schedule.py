@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.request import Sequence, Status
 from pyllmlite.engine.failure import failure
@@ -204,15 +204,21 @@ class Step:
             self._salts += 1
             salt = self._salts
             state.request.scored = 0
-        cached = cache.acquire(seq.id, pool.next_row, seq.token_ids, salt)
+        known = len(seq.token_ids)
+        try:
+            cached = cache.acquire(seq.id, pool.next_row, seq.token_ids, salt)
+        except Exception as error:
+            return self._blame(cache, seq, error)
         if cached is None:
             return 0
-        count, logits = self._clip(state, len(seq.token_ids) - cached, limit)
         try:
+            if not 0 <= cached < known:
+                raise ValueError(f"acquire answered {cached} of {known} tokens")
+            count, logits = self._clip(state, known - cached, limit)
             room = count > 0 and cache.reserve(seq.id, cached + count)
-        except Exception:
+        except Exception as error:
             cache.free(seq.id)  # nobody else knows of it
-            raise
+            return self._blame(cache, seq, error)
         if not room:
             cache.free(seq.id)
             if count > 0:
@@ -226,9 +232,12 @@ class Step:
         try:
             self._on_start(seq)
         except Exception as error:
-            self.failed.append((seq, failure(state.request.decoder, error)))
-            return 0
+            return self._blame(state.request.decoder, seq, error)
         if seq.preemptions == 0 and seq.child == 0:
             seq.request.num_cached_tokens = cached
         self._put(seq, state, cached, count, logits)
         return count
+
+    def _blame(self, part: Any, seq: Sequence, error: Exception) -> int:
+        self.failed.append((seq, failure(part, error)))
+        return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.config import EngineConfig
-from pyllmlite.core.errors import CapacityError, ConfigError
+from pyllmlite.core.errors import CapacityError, ConfigError, PluginError, PyllmliteError
 from pyllmlite.hooks.attention import AttentionNeeds
 from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
@@ -18,6 +18,7 @@ from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
 from pyllmlite.model import blocks
 from pyllmlite.model.builder import ModelBuilder
+from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
 from pyllmlite.model.weights import plan_matrices
 from pyllmlite.runtime.native import native
@@ -118,7 +119,12 @@ def build(
             f"max_num_batched_tokens ({batched}) must be at least max_num_seqs "
             f"({config.max_num_seqs}), so that every sequence can take a step"
         )
+    if config.max_logprobs > spec.vocab_size:
+        raise ConfigError(
+            f"max_logprobs {config.max_logprobs} is more than the vocabulary's {spec.vocab_size}"
+        )
     selections: dict[str, Selection] = {}
+    options = Options(config.extra)
 
     def select(contract: str, name: str, need: Any, label: str | None = None) -> Any:
         chosen = registry.select(contract, name, need)
@@ -126,7 +132,7 @@ def build(
         return chosen.cls
 
     # Names first: a typing mistake should not cost the loading of the weights.
-    scheduler = select("scheduler", config.scheduler, None)()
+    scheduler = _make(select("scheduler", config.scheduler, None))
     decoder_context = DecoderContext(
         spec.vocab_size,
         max_model_len,
@@ -143,9 +149,9 @@ def build(
         _check_role(proposer_class, "proposer", "proposer")
     shapes = tuple(plan.shape for plan in plan_matrices(spec))
     quantizer_needs = QuantizerNeeds(
-        device, dtype, shapes, config.bits, config.group_size, config.symmetric, config.extra
+        device, dtype, shapes, config.bits, config.group_size, config.symmetric, options
     )
-    quantizer = select("quantizer", config.quantizer, quantizer_needs)(quantizer_needs)
+    quantizer = _make(select("quantizer", config.quantizer, quantizer_needs), quantizer_needs)
 
     weight_bytes = _expected_weight_bytes(source, quantizer, shapes)
     if weight_bytes > _available_memory():
@@ -169,9 +175,9 @@ def build(
         kv_dtype=config.kv_cache_dtype,
         block_size=config.block_size,
         prefix_caching=config.enable_prefix_caching,
-        extra=config.extra,
+        extra=options,
     )
-    cache = select("cache", config.cache, cache_needs)(cache_needs)
+    cache = _make(select("cache", config.cache, cache_needs), cache_needs)
     max_model_len = _fit_length(config, cache, max_model_len)
     attention_needs = AttentionNeeds(
         device=device,
@@ -186,7 +192,7 @@ def build(
         alibi=spec.alibi,
         softcap=spec.attention_softcap > 0,
     )
-    attention = select("attention", config.attention, attention_needs)()
+    attention = _make(select("attention", config.attention, attention_needs))
 
     threads = config.threads or len(os.sched_getaffinity(0))
     rows_per_seq = DRAFT_ROWS if proposer_class is not None else 1
@@ -205,15 +211,16 @@ def build(
         config.max_logprobs,
         [(cache.block_size, table) for table in cache.block_tables],
     )
-    made: dict[str, Decoder] = {decoder_class.name: decoder_class(decoder_context)}
+    made: dict[str, Decoder] = {decoder_class.name: _make(decoder_class, decoder_context)}
 
     def decoder_named(name: str) -> Decoder:
         if name not in made:
             cls = registry.select("decoder", name, None).cls
             _check_role(cls, "selector", "decoder")
-            made[name] = cls(decoder_context)
+            made[name] = _make(cls, decoder_context)
         return made[name]
 
+    options.check()
     built = Built(
         config=config,
         spec=spec,
@@ -222,9 +229,9 @@ def build(
         cache=cache,
         scheduler=scheduler,
         decoder=made[decoder_class.name],
-        proposer=proposer_class(decoder_context) if proposer_class else None,
+        proposer=_make(proposer_class, decoder_context) if proposer_class else None,
         constraints=[
-            cls(decoder_context)
+            _make(cls, decoder_context)
             for cls in registry.classes("decoder")
             if getattr(cls, "role", "") == "constraint"
         ],
@@ -242,6 +249,20 @@ def build(
     )
     log.info("loaded in %.1f s\n%s", built.load_seconds, built.explain())
     return built
+
+
+def _make(cls: type[Any], *needs: Any) -> Any:
+    """A strategy; whatever its constructor raises is one line that names it."""
+    try:
+        return cls(*needs)
+    except PyllmliteError:
+        raise
+    except Exception as error:
+        what = cls.contract if getattr(cls, "role", "selector") == "selector" else cls.role
+        text = " ".join(str(error).split())
+        raise PluginError(
+            f"{what} {cls.name!r} cannot be set up: {type(error).__name__}: {text}"
+        ) from error
 
 
 def _device(asked: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from text_model import write_text_model
 
-from pyllmlite.core.errors import RequestError
+from pyllmlite.core.errors import ConfigError, PluginError, RequestError
 from pyllmlite.core.sampling import SamplingParams
 from pyllmlite.engine.llm import LLM
 from pyllmlite.hooks import registry as registry_module
@@ -16,6 +16,7 @@ from pyllmlite.hooks.decoder import Constraint, Decoder, Proposer
 from pyllmlite.hooks.registry import Registry
 from pyllmlite.hooks.scheduler import Scheduler
 from pyllmlite.hooks.specs import hookimpl
+from pyllmlite_plugins.cache.paged import Paged
 from pyllmlite_plugins.scheduler.continuous import Continuous
 
 VOCAB = 259
@@ -249,6 +250,109 @@ def test_a_constraint_with_a_wrong_mask(load):
     llm = load("decoders", Wrong)
     bad = SamplingParams(**GREEDY, extra_args={"wrong": 1})
     check_neighbours(llm, bad, "constraint 'wrong' failed: ValueError: a mask is uint32 [9]")
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "why"),
+    [
+        ("acquire", boom, "OSError: no luck"),
+        ("reserve", boom, "OSError: no luck"),
+        ("acquire", -5, "acquire answered -5 of 3 tokens"),
+        ("acquire", 3, "acquire answered 3 of 3 tokens"),
+        ("acquire", "x", "TypeError"),
+    ],
+)
+def test_a_cache_that_cannot_start_a_sequence_is_named(load, method, answer, why):
+    class Bad(Paged):
+        name = "bad"
+        broken = False
+
+    def second(self, seq_id, *args):
+        known = getattr(Paged, method)(self, seq_id, *args)
+        if not self.broken or seq_id % 2:
+            return known
+        return answer() if callable(answer) else answer
+
+    setattr(Bad, method, second)
+    llm = load("caches", Bad, cache="bad", enable_prefix_caching=False)
+    plain = SamplingParams(**GREEDY)
+    (alone,) = llm.generate("one", plain, use_tqdm=False)
+    llm.engine.actions._next_id += llm.engine.actions._next_id % 2
+    llm.built.cache.broken = True
+    one, two = llm.generate(["one", "xyz"], plain, use_tqdm=False)
+    assert one.error is None and one.outputs[0].token_ids == alone.outputs[0].token_ids
+    assert two.error.startswith("cache 'bad' failed: ") and why in two.error
+    llm.engine.check_integrity()
+    assert llm.built.cache.num_free_blocks == llm.built.cache.num_blocks
+
+
+def test_an_empty_step_counts_for_those_who_wait_in_it(load):
+    class Lazy(Continuous):
+        name = "bad"
+        idle = 9
+
+        def schedule(self, step):
+            self.idle -= 1
+            if self.idle < 0:
+                super().schedule(step)
+
+    llm = load("schedulers", Lazy, scheduler="bad")
+    for idle, ends in ((9, "error"), (2, "length"), (2, "length")):
+        llm.built.scheduler.idle = idle
+        (output,) = llm.generate("abc", SamplingParams(**GREEDY), use_tqdm=False)
+        assert output.outputs[0].finish_reason == ends
+
+
+def test_a_priority_that_cannot_be_compared(load):
+    llm = load("decoders", Append)
+    for priority in ("x", None, math.nan):
+        with pytest.raises(RequestError, match="priority must be a number"):
+            llm.generate(["a", "b"], use_tqdm=False, priority=[1, priority])
+    assert not llm.engine.requests
+
+
+@pytest.mark.parametrize(
+    ("hook", "base", "option"),
+    [
+        ("schedulers", Continuous, {"scheduler": "bad"}),
+        ("caches", Paged, {"cache": "bad"}),
+        ("decoders", Append, {"decoder": "bad"}),
+        ("decoders", Constraint, {}),
+    ],
+)
+def test_a_strategy_that_cannot_be_made(load, hook, base, option):
+    methods = dict.fromkeys(base.__abstractmethods__, boom) | {"name": "bad", "__init__": boom}
+    with pytest.raises(PluginError, match="^[a-z]+ 'bad' cannot be set up: OSError: no luck$"):
+        load(hook, type("Bad", (base,), methods), **option)
+
+
+def test_a_constraint_that_does_not_know_whether_it_applies(load):
+    methods = dict.fromkeys(Constraint.__abstractmethods__, boom)
+    llm = load("decoders", type("Bad", (Constraint,), methods | {"name": "bad", "applies": boom}))
+    with pytest.raises(RequestError, match="constraint 'bad' failed: OSError"):
+        llm.generate("abc", use_tqdm=False)
+
+
+def test_options_that_no_strategy_reads(load, model):
+    class Reads(Paged):
+        name = "bad"
+        priority = -1
+
+        def __init__(self, needs):
+            super().__init__(needs)
+            assert needs.extra.get("page_colour", "red") in ("red", "blue")
+
+    assert load("caches", Reads, cache="bad", extra={"page_colour": "blue"})
+    with pytest.raises(ConfigError, match="reads extra.'page_color'.; did you mean 'page_colour'"):
+        LLM(model, cache="bad", extra={"page_color": "blue"})
+    with pytest.raises(ConfigError, match="no chosen strategy reads extra.'page_colour'.; read"):
+        LLM(model, extra={"page_colour": "blue"})
+    with pytest.raises(ConfigError, match="extra is a dict"):
+        LLM(model, extra=[1])
+    with pytest.raises(PluginError, match="'none'.*no group_size"):
+        LLM(model, quantizer="none", group_size=32)
+    with pytest.raises(ConfigError, match="max_logprobs 300 is more than the vocabulary's 259"):
+        LLM(model, max_logprobs=300)
 
 
 class Restless(Scheduler):
