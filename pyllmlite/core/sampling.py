@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from pyllmlite.core.errors import RequestError
 
+MAX_N = 16384  # completions of one prompt, as in vLLM
 _NUMBERS = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
@@ -81,6 +83,10 @@ class SamplingParams:
                 setattr(self, name, value.item())
         self._check()
 
+    def clone(self) -> SamplingParams:
+        """A copy that shares nothing with this one."""
+        return copy.deepcopy(self)
+
     def _check(self) -> None:
         def number(name: str, low: float, high: float, low_open: bool = False) -> None:
             value = getattr(self, name)
@@ -99,6 +105,8 @@ class SamplingParams:
                 raise RequestError(f"{name} must be an integer of at least {low}, got {value!r}")
 
         integer("n", 1)
+        if self.n > MAX_N:
+            raise RequestError(f"n must be at most {MAX_N}, got {self.n}")
         number("temperature", 0.0, 1e6)
         number("top_p", 0.0, 1.0, low_open=True)
         integer("top_k", 0)

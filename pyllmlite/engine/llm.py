@@ -72,6 +72,10 @@ class LLM:
             raise ModelError("the model was loaded without a tokenizer")
         return self.built.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What ``generate`` takes if it is given none."""
+        return SamplingParams()
+
     @property
     def has_chat_template(self) -> bool:
         return bool(getattr(self.built.tokenizer, "chat_template", None))

@@ -18,6 +18,7 @@ from pyllmlite.engine.llm import LLM
         ({"logit_bias": {1: float("nan")}}, "logit_bias maps token ids"),
         ({"repetition_penalty": 1e-40}, "repetition_penalty must be in"),
         ({"temperature": 0, "n": 2}, "n > 1 with temperature 0"),
+        ({"n": 10**9}, "n must be at most 16384"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
     ],
 )
@@ -31,6 +32,15 @@ def test_numpys_numbers_are_numbers():
     params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(4), seed=np.int32(3))
     assert (params.temperature, params.max_tokens, params.seed) == (0.5, 4, 3)
     assert type(params.max_tokens) is int
+
+
+def test_a_clone_goes_its_own_way():
+    params = SamplingParams(stop="a", logit_bias={1: 2.0})
+    other = params.clone()
+    assert other == params
+    other.stop.append("b")
+    other.logit_bias[3] = 1.0
+    assert params == SamplingParams(stop="a", logit_bias={1: 2.0})
 
 
 @pytest.mark.parametrize(
