@@ -68,7 +68,7 @@ class Committer:
                 continue
             first = behind
             if state.num_logprobs >= 0:
-                self._logprobs.set_row(seq, result.first)
+                self._logprobs.set_rows(seq, result.first, result.num_rows)
             result.num_top = seq.output.num_top
             before = len(ids)
             if state.request.first_token_time is None:

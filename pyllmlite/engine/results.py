@@ -50,25 +50,26 @@ class Logprobs:
     def __init__(self, batch: Any, piece: Callable[[int], str | None]) -> None:
         self._batch = batch
         self._piece = piece
-        self._rows_of: dict[int, int] = {}
+        self._rows_of: dict[int, tuple[int, int]] = {}
         self._read = False
 
     def begin(self) -> None:
         self._read = False
         self._rows_of.clear()
 
-    def set_row(self, seq: Sequence, first: int) -> None:
-        """The first row after which a token of ``seq`` was chosen in this step."""
-        self._rows_of[seq.id] = first
+    def set_rows(self, seq: Sequence, first: int, count: int) -> None:
+        """The rows after which a token of ``seq`` was chosen in this step."""
+        self._rows_of[seq.id] = first, count
 
     def share_row(self, parent: Sequence, child: Sequence) -> None:
         if parent.id in self._rows_of:
             self._rows_of[child.id] = self._rows_of[parent.id]
 
     def of_sequence(self, seq: Sequence, index: int, token: int, num: int) -> dict[int, Logprob]:
-        """Of the ``index``-th token that ``seq`` got in this step, and of the ``num`` best."""
-        first = self._rows_of.get(seq.id)
-        if first is None:
+        """Of the ``index``-th token that ``seq`` got in this step, and of the ``num`` best.  A
+        decoder may append more than was drawn: the row behind is somebody else's."""
+        first, count = self._rows_of.get(seq.id, (0, 0))
+        if index >= count:
             return {token: self._make(token, math.nan, None)}
         return self.of_row(first + index, token, num)
 

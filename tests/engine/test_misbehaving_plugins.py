@@ -163,6 +163,22 @@ def test_a_stop_of_the_decoders_own_has_its_text(load):
     assert output.outputs[0].text == "BB" and output.outputs[0].stop_reason == "why"
 
 
+def test_more_tokens_than_were_drawn_have_no_logprobs_of_a_neighbour(load):
+    class More(Append):
+        def advance(self, seq, result, actions):
+            actions.append(seq, [*result.tokens, 7])
+
+    llm = load("decoders", More)
+    params = SamplingParams(**GREEDY, decoder="bad", logprobs=2)
+    for output in llm.generate(["one", "two"], params, use_tqdm=False):
+        completion = output.outputs[0]
+        assert output.error is None and len(completion.logprobs) == 12
+        for token, found in zip(completion.token_ids[::2], completion.logprobs[::2], strict=True):
+            assert len(found) == 2 and found[token].rank == 1
+        for found in completion.logprobs[1::2]:
+            assert list(found) == [7] and math.isnan(found[7].logprob)
+
+
 def test_a_bias_forbids(load):
     class Only(Append):
         plans_steps = True
