@@ -33,8 +33,9 @@ class StepPlan(Protocol):
         """Added to the logits of all its rows in this step; ``-inf`` forbids a token."""
 
     def mask(self, row: int, bits: np.ndarray) -> None:
-        """uint32 ``[ceil(vocab / 32)]``: bit set, token allowed.  Copied; several masks for
-        a row are joined."""
+        """uint32 (or int32) ``[ceil(vocab / 32)]``: bit set, token allowed.  Copied; several
+        masks for a row are joined.  ``ValueError`` for another shape or dtype, or a row that is
+        not the sequence's."""
 
     def want_logits(self, row: int) -> None:
         """See the row's raw logits after the run: one copy of ``vocab_size`` floats."""
@@ -61,15 +62,17 @@ class Actions(Protocol):
 
     def append(self, seq: Sequence, token_ids: Seq[int]) -> None:
         """Add tokens to its output.  The engine applies stop rules and max_tokens in order and
-        drops what stands behind an end."""
+        drops what stands behind an end.  ``ValueError`` for an id that is not in the vocabulary.
+        Tokens behind those that were drawn have no log-probability (NaN)."""
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence of the same request with the same tokens and cache.  With no row
-        free the child waits, as if preempted: it costs time, not correctness."""
+        free the child waits, as if preempted: it costs time, not correctness.  ``ValueError`` if
+        it has ended."""
 
     def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End it (``stop``, ``length``), or drop it from the request (``dropped``, also after
-        it has ended)."""
+        it has ended).  ``ValueError``: the last one of a request cannot be dropped."""
 
 
 class Decoder(Strategy):

@@ -59,5 +59,7 @@ class Scheduler(Strategy):
     def next_event(self, now: float) -> float | None:
         """When an empty step should be tried again (a time window closing), on the clock of
         ``step.now``; an arrival comes first.  None: there is nothing to wait for.  If somebody
-        waits all the same and three steps in a row stay empty, the requests end with an error."""
+        waits all the same and three steps in a row stay empty, the requests end with an error;
+        a time that is past, or for ever away, counts as None.  So do preemptions without end by
+        which nobody computes a token that was not computed before."""
         return None
