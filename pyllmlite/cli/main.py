@@ -82,6 +82,8 @@ def _is_on_purpose(error: Exception) -> bool:
 
 def main() -> None:
     """Run the command line; exit code 0, 1 (failed), 2 (usage), 130 (interrupted)."""
+    if sys.stdout is None:  # closed by whoever started it
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     debug = os.environ.get("PYLLMLITE_DEBUG", "") not in ("", "0")
     try:
         app()

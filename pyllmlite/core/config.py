@@ -161,6 +161,10 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+            # What the native library counts with, and its largest pool.
+            high = 1024 if name == "threads" else 2**31 - 1
+            if value > high:
+                raise ConfigError(f"{name} must be at most {high}, got {value}")
         if self.seed is None:
             self.seed = 0
         if self.extra is None:

@@ -65,7 +65,7 @@ def _compiled(source: str) -> Template:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
         raise ModelError(f"the chat template is not valid Jinja: {_line(error)}") from None
 
 
@@ -140,7 +140,11 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **plain(variables),
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    # A template is a program: it can divide by zero, call itself for ever, ask for all memory.
+    except (
+        jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError,
+        RecursionError, MemoryError,
+    ) as error:  # fmt: skip
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"the chat template refuses these messages: {_line(error)}") from None

@@ -203,10 +203,20 @@ def _cannot(what: str, offline: str | None, error: Exception) -> str:
 # An alias
 
 
+def _unwritable(folder: Path, error: OSError) -> str:
+    return (
+        f"{folder} cannot be written ({error.strerror}); set PYLLMLITE_HOME to a directory that can"
+    )
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock ends with the process that holds it."""
-    with open(path, "a+b") as file:
+    try:
+        file = open(path, "a+b")
+    except OSError as error:
+        raise ModelError(_unwritable(path.parent, error)) from None
+    with file:
         if sys.platform == "win32":
             import msvcrt
 
@@ -231,17 +241,17 @@ def _fetch_alias(name: str, progress: bool) -> Path:
     try:
         models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelError(
-            f"{models} cannot be made ({error.strerror}); set PYLLMLITE_HOME to a directory "
-            "that can be written"
-        ) from None
+        raise ModelError(_unwritable(models, error)) from None
     with _locked(models / f".{name}.lock"):
         found = cached(name)  # another process may have brought it meanwhile
         if found is not None:
             return found
         for stale in models.glob(f".{name}.part-*"):  # of a process that was cut off
             shutil.rmtree(stale, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}.part-", dir=models))
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=f".{name}.part-", dir=models))
+        except OSError as error:
+            raise ModelError(_unwritable(models, error)) from None
         try:
             whole = staging / "whole"
             whole.mkdir()

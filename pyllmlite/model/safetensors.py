@@ -152,10 +152,11 @@ class SafetensorsCheckpoint(Checkpoint):
         weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index}: has no weight_map")
-        for shard in dict.fromkeys(weight_map.values()):
+        for shard in weight_map.values():
             # A name with a path in it could reach out of the directory.
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or not shard or Path(shard).name != shard:
                 raise ModelError(f"{index}: names no file of its directory: {str(shard)[:80]!r}")
+        for shard in dict.fromkeys(weight_map.values()):
             if not (self.path / shard).is_file():
                 raise ModelError(f"{self.path}: shard {shard} is missing; download it again")
             self._add(read_shard(self.path / shard), self.path / shard)

@@ -207,6 +207,15 @@ def _json_file(path: Path) -> dict[str, Any]:
     return parsed
 
 
+def _text_file(path: Path) -> str:
+    if path.stat().st_size > _MAX_FILE:
+        raise ModelError(f"{path}: larger than {_MAX_FILE} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError:
+        raise ModelError(f"{path}: is no UTF-8 text") from None
+
+
 def _content(token: Any) -> str | None:
     """A special token is its text, or an object that holds it."""
     token = token.get("content") if isinstance(token, dict) else token
@@ -235,7 +244,7 @@ def _from_directory(path: Path, ends: Iterable[int]) -> Tokenizer:
     listed = config.get("added_tokens_decoder")
     if isinstance(listed, dict):
         known = backend.get_vocab(with_added_tokens=True)
-        order = sorted((k for k in listed if k.isdigit()), key=int)
+        order = sorted((k for k in listed if k.isascii() and k.isdigit()), key=int)
         missing = [listed[k] for k in order if _content(listed[k]) not in (None, *known)]
         for token in missing:
             backend.add_tokens(
@@ -269,10 +278,10 @@ def _templates(path: Path, config: dict[str, Any]) -> tuple[str | None, dict[str
     folder = path / "additional_chat_templates"
     if folder.is_dir():
         for file in sorted(folder.glob("*.jinja")):
-            named[file.stem] = file.read_text(encoding="utf-8")
+            named[file.stem] = _text_file(file)
     own = path / "chat_template.jinja"
     if own.is_file():
-        found = own.read_text(encoding="utf-8")
+        found = _text_file(own)
     return found if isinstance(found, str) else None, named
 
 

@@ -296,3 +296,13 @@ def test_ctrl_c_is_quiet(model, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert errors == b""
     assert process.returncode in (0, 130)  # 0: it was done before the signal came
+
+
+def test_closed_standard_output():
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m pyllmlite.cli.main plugins >&-', sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stderr == ""

@@ -29,6 +29,8 @@ def test_bad_bytes(text):
         ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1"),
         ({"max_model_len": 2.5}, "max_model_len"),
         ({"threads": True}, "threads"),
+        ({"threads": 1025}, "threads must be at most 1024"),
+        ({"max_num_batched_tokens": 2**31}, "max_num_batched_tokens must be at most 2147483647"),
         ({"seed": "a"}, "seed"),
         ({"scheduler": "Fair!"}, "scheduler must be a strategy's name"),
         ({"kv_cache_memory": "lots"}, "'512MB'"),

@@ -130,6 +130,11 @@ def test_a_directory_that_cannot_be_written(home, monkeypatch, tmp_path):
     monkeypatch.setenv("PYLLMLITE_HOME", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="set PYLLMLITE_HOME"):
         hub.resolve(progress=False)
+    # The folder is there, the lock cannot be opened.
+    (tmp_path / "home" / "models" / f".{hub.DEFAULT_MODEL}.lock").mkdir(parents=True)
+    monkeypatch.setenv("PYLLMLITE_HOME", str(tmp_path / "home"))
+    with pytest.raises(ModelError, match="set PYLLMLITE_HOME"):
+        hub.resolve(progress=False)
 
 
 def test_a_fetch_that_is_cut_off_leaves_no_model(home, monkeypatch):

@@ -135,6 +135,8 @@ def test_shards(tmp_path):
         ({"a": "../1.safetensors"}, "names no file of its directory"),
         ({"a": "/etc/passwd"}, "names no file of its directory"),
         ({"a": 1}, "names no file of its directory"),
+        ({"a": ""}, "names no file of its directory"),
+        ({"a": "1.safetensors", "b": ["1.safetensors"]}, "names no file of its directory"),
         ({}, "has no weight_map"),
         (None, "has no weight_map"),
     ):

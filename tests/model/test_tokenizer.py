@@ -173,6 +173,16 @@ def test_template_refusals():
     for evil in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
         with pytest.raises(RequestError, match="refuses"):
             tokenizer.apply_chat_template([], chat_template=evil)
+    # What a program can do wrong.
+    for broken in (
+        "{{ 1 / 0 }}", "{{ 2.0 ** 9999 }}", "{{ 'x' * 10 ** 15 }}", "{{ messages[9].role }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% for i in range(10 ** 12) %}{% endfor %}",
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match="refuses"):
+            tokenizer.apply_chat_template([], chat_template=broken)
+    with pytest.raises(ModelError, match="not valid Jinja"):
+        tokenizer.apply_chat_template([], chat_template="{{" + "(" * 5000 + "1" + ")" * 5000 + "}}")
     assert tokenizer.apply_chat_template([], tools=[{}, {}]) == "tools: 2"
     assert tokenizer.apply_chat_template([], chat_template="tool_use", tools=[]) == "tools: 0"
     tokenizer.chat_template = None
@@ -265,6 +275,15 @@ def test_directory_without_any_tokenizer(tmp_path):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ModelError, match="damaged"):
+        open_tokenizer(tmp_path)
+
+
+def test_directory_with_damaged_side_files(tmp_path):
+    _train(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"\u00b2": {}}}')
+    open_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja: is no UTF-8 text"):
         open_tokenizer(tmp_path)
 
 
