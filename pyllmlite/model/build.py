@@ -160,6 +160,11 @@ def build(
             f"{quantizer.name!r}, {_available_memory() / 1e9:.1f} GB are free; "
             "use fewer bits (quantizer='rtn', bits=4) or a smaller model"
         )
+    if (config.kv_cache_bytes or 0) > _available_memory() - weight_bytes:
+        raise CapacityError(
+            f"kv_cache_memory does not fit: {(config.kv_cache_bytes or 0) / 1e9:.1f} GB beside "
+            f"{weight_bytes / 1e9:.1f} GB of weights, {_available_memory() / 1e9:.1f} GB are free"
+        )
     cache_needs = CacheNeeds(
         device=device,
         dtype=dtype,

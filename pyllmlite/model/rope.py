@@ -61,7 +61,12 @@ def rope_tables(rope: RopeSpec, num_positions: int) -> tuple[np.ndarray, np.ndar
     else:
         frequencies, factor = inverse_frequencies(rope, num_positions)
         inverse = frequencies[None, :]
-    angles = (positions * inverse).astype(np.float64)
+    with np.errstate(all="ignore"):
+        angles = (positions * inverse).astype(np.float64)
+    if not np.isfinite(angles).all() or not np.isfinite(factor):
+        raise ModelError(
+            f"config: rope theta {rope.theta} with scaling {scaling or None} gives no finite angles"
+        )
     cos = (np.cos(angles) * factor).astype(np.float32)
     sin = (np.sin(angles) * factor).astype(np.float32)
     return cos, sin

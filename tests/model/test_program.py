@@ -7,6 +7,8 @@ import pytest
 from model.program_logits import build_tiny, program_logits
 from tiny_models import TINY, reference
 
+from pyllmlite.core.errors import CapacityError
+
 torch = pytest.importorskip("torch")
 
 
@@ -68,3 +70,12 @@ def test_rtn_stays_near(tiny, bits, limit):
     )
     error = np.linalg.norm(light - exact) / np.linalg.norm(exact)
     assert 0 < error < limit, name
+
+
+def test_a_model_or_cache_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    path = TINY["llama"](tmp_path)
+    with pytest.raises(CapacityError, match="kv_cache_memory does not fit"):
+        build_tiny(path, kv_cache_memory="900TB")
+    monkeypatch.setattr("pyllmlite.model.build._available_memory", lambda: 1000)
+    with pytest.raises(CapacityError, match="the model does not fit"):
+        build_tiny(path)

@@ -143,3 +143,9 @@ def test_no_positions_and_one():
     assert cos.shape == sin.shape == (0, 4)
     cos, sin = rope_tables(RopeSpec(10000.0, 8), 1)
     assert np.all(cos == 1) and np.all(sin == 0)
+
+
+def test_scaling_without_finite_angles_is_refused():
+    rope = RopeSpec(10000.0, 16, {"rope_type": "linear", "factor": 1e-300}, 64)
+    with pytest.raises(ModelError, match="no finite angles"):
+        rope_tables(rope, 64)
