@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds, OpSink
+from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds
 from pyllmlite.hooks.cache import KVView
+from pyllmlite.hooks.sink import OpSink
 from pyllmlite.runtime.native import native
 from pyllmlite_plugins.layout import native_layout, unreadable
 

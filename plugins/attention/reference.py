@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds, OpSink
+from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds
 from pyllmlite.hooks.cache import KVView
+from pyllmlite.hooks.sink import OpSink
 from pyllmlite_plugins.layout import gather, unreadable
 
 

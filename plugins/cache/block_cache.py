@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pyllmlite.hooks.attention import OpSink
 from pyllmlite.hooks.cache import CacheNeeds, KVCache, KVView, StoreLayer
+from pyllmlite.hooks.sink import OpSink
 from pyllmlite.runtime.native import native
 from pyllmlite_plugins.cache.block_pool import BlockPool
 from pyllmlite_plugins.cache.plan import peak_blocks, split

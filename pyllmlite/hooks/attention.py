@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pyllmlite.hooks.strategy import Strategy
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pyllmlite.hooks.cache import KVView
+    from pyllmlite.hooks.sink import OpSink
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,6 @@ class AttentionLayer:
     rotary_dim: int = 0
     cos: np.ndarray | None = None
     sin: np.ndarray | None = None
-
-
-class OpSink(Protocol):
-    """What a strategy adds ops to: a Program being built."""
-
-    def op(self, op: Any, buffers: list[Any], name: str, cost: Any = None) -> None:
-        """``op``: a native ``Op`` or capsule, or a Python callable ``f(batch, *arrays)``;
-        ``buffers``: as handed over, or made by :meth:`buffer`."""
-
-    def buffer(self, name: str, width: int, dtype: str = "f32", rows: str | int = "tokens") -> Any:
-        """Memory for ``rows`` (``"tokens"``, ``"logits"`` or a count) rows of ``width``."""
-
-    def tensor(self, name: str, array: np.ndarray, dtype: str | None = None) -> Any:
-        """An array of yours as a buffer; the Program keeps it alive."""
 
 
 class Attention(Strategy):

@@ -12,7 +12,7 @@ from pyllmlite.hooks.strategy import Strategy
 if TYPE_CHECKING:
     import numpy as np
 
-    from pyllmlite.hooks.attention import OpSink
+    from pyllmlite.hooks.sink import OpSink
 
 
 @dataclass(frozen=True)

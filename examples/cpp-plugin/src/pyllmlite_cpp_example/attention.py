@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds, OpSink
+from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds
 from pyllmlite.hooks.cache import KVView
+from pyllmlite.hooks.sink import OpSink
 from pyllmlite_cpp_example import _ops
 
 
