@@ -59,7 +59,8 @@ def rope_tables(rope: RopeSpec, num_positions: int) -> tuple[np.ndarray, np.ndar
         inverse = _dynamic(rope, np.arange(1, num_positions + 1))
         factor = 1.0
     else:
-        frequencies, factor = inverse_frequencies(rope, num_positions)
+        with np.errstate(all="ignore"):
+            frequencies, factor = inverse_frequencies(rope, num_positions)
         inverse = frequencies[None, :]
     with np.errstate(all="ignore"):
         angles = (positions * inverse).astype(np.float64)
