@@ -154,16 +154,17 @@ def build(
     quantizer = _make(select("quantizer", config.quantizer, quantizer_needs), quantizer_needs)
 
     weight_bytes = _expected_weight_bytes(source, quantizer, shapes)
-    if weight_bytes > _available_memory():
+    available = _available_memory()
+    if weight_bytes > available:
         raise CapacityError(
             f"the model does not fit: its weights take {weight_bytes / 1e9:.1f} GB with quantizer "
-            f"{quantizer.name!r}, {_available_memory() / 1e9:.1f} GB are free; "
+            f"{quantizer.name!r}, {available / 1e9:.1f} GB are free; "
             "use fewer bits (quantizer='rtn', bits=4) or a smaller model"
         )
-    if (config.kv_cache_bytes or 0) > _available_memory() - weight_bytes:
+    if (config.kv_cache_bytes or 0) > available - weight_bytes:
         raise CapacityError(
             f"kv_cache_memory does not fit: {(config.kv_cache_bytes or 0) / 1e9:.1f} GB beside "
-            f"{weight_bytes / 1e9:.1f} GB of weights, {_available_memory() / 1e9:.1f} GB are free"
+            f"{weight_bytes / 1e9:.1f} GB of weights, {available / 1e9:.1f} GB are free"
         )
     cache_needs = CacheNeeds(
         device=device,
@@ -176,7 +177,7 @@ def build(
         max_rows=config.max_num_seqs,
         max_num_batched_tokens=batched,
         max_bytes=config.kv_cache_bytes
-        or _kv_bytes(spec, weight_bytes, dtype, config, max_model_len),
+        or _kv_bytes(spec, available - weight_bytes, dtype, config, max_model_len),
         kv_dtype=config.kv_cache_dtype,
         block_size=config.block_size,
         prefix_caching=config.enable_prefix_caching,
@@ -294,7 +295,7 @@ def _kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
 
 
 def _kv_bytes(
-    spec: ModelSpec, weight_bytes: int, dtype: str, config: EngineConfig, max_model_len: int
+    spec: ModelSpec, free: int, dtype: str, config: EngineConfig, max_model_len: int
 ) -> int:
     """Room for every row at full length, up to 4 GiB and 40 % of what is free beside the
     weights.  Pages are touched when they are first written, so unused room costs nothing."""
@@ -303,7 +304,6 @@ def _kv_bytes(
     block = config.block_size or 16
     length = -(-max_model_len // block) * block
     everything = int(per_token * length * config.max_num_seqs)
-    free = max(0, _available_memory() - weight_bytes)
     return max(min(everything, DEFAULT_KV_BYTES, int(0.4 * free)), int(per_token * block))
 
 
