@@ -23,6 +23,12 @@ def cuda_info() -> dict[str, Any]:
     "total_bytes"}], "reason": str | None}``; ``reason`` says in one line why there is no device:
     the CUDA part was not built, no driver, no GPU."""
 
+def measure_peak(kind: str, pool: ThreadPool, seconds: float = 0.2, bytes: int = 0) -> float:
+    """What the pool's threads do at most with the instruction set in use, per second.
+
+    ``kind``: ``read`` (bytes read, over ``bytes`` of memory: larger than the last-level cache for
+    DRAM's bandwidth), or the multiply-accumulates of ``int8``, ``bf16`` or ``f32``."""
+
 class ThreadPool:
     """``num_threads`` workers that run a Program; the calling thread is one of them.
 

@@ -6,6 +6,7 @@
 #include "common.h"
 #include "cuda/cuda_api.h"
 #include "pyllmlite/isa.h"
+#include "pyllmlite/peaks.h"
 
 namespace pyllmlite::bindings {
 namespace {
@@ -18,6 +19,17 @@ py::dict info() {
   d["num_cpus"] = num_cpus();
   d["version"] = PYLLMLITE_VERSION;
   return d;
+}
+
+double measure(const std::string& kind, ThreadPool& pool, double seconds, int64_t bytes) {
+  static const std::pair<const char*, PeakKind> kinds[] = {{"read", PeakKind::READ},
+                                                           {"int8", PeakKind::INT8},
+                                                           {"bf16", PeakKind::BF16},
+                                                           {"f32", PeakKind::F32}};
+  for (const auto& [name, value] : kinds) {
+    if (kind == name) return measure_peak(value, pool, seconds, bytes);
+  }
+  throw py::value_error("kind must be read, int8, bf16 or f32, got '" + kind + "'");
 }
 
 // Where libpyllmlite itself lies: the CUDA part lies beside it.
@@ -113,6 +125,8 @@ void bind_system(py::module_& m) {
   m.def("info", &info);
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("cuda_info", &cuda_info);
+  m.def("measure_peak", &measure, py::arg("kind"), py::arg("pool"), py::arg("seconds") = 0.2,
+        py::arg("bytes") = 0, py::call_guard<py::gil_scoped_release>());
   m.def("hash_block", &hash_block, py::arg("parent"), py::arg("token_ids"),
         py::arg("salt") = py::int_(0));
 }

@@ -8,6 +8,7 @@
 #define PYLLMLITE_CPU_FACTORIES_H
 
 #include "pyllmlite/ops.h"
+#include "pyllmlite/peaks.h"
 
 #define PLL_ISA_SCALAR 0
 #define PLL_ISA_AVX2 1         // AVX2, FMA, F16C
@@ -23,6 +24,8 @@
   pll_op make_rotary_store(const RotaryStoreSpec& spec); \
   pll_op make_attention(const AttentionSpec& spec);  \
   pll_op make_sample(int64_t vocab_size);            \
+  uint64_t peak_read(const uint64_t* words, int64_t count); \
+  double peak_multiply(PeakKind kind, int64_t rounds); \
   }
 #endif
 

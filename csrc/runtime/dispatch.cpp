@@ -5,6 +5,7 @@
 
 #include "cpu/factories.h"
 #include "pyllmlite/isa.h"
+#include "pyllmlite/peaks.h"
 
 namespace pyllmlite {
 namespace {
@@ -18,12 +19,14 @@ struct Factories {
   pll_op (*rotary_store)(const RotaryStoreSpec&);
   pll_op (*attention)(const AttentionSpec&);
   pll_op (*sample)(int64_t);
+  uint64_t (*peak_read)(const uint64_t*, int64_t);
+  double (*peak_multiply)(PeakKind, int64_t);
 };
 
 #define PLL_FACTORIES(ns, runs_here)                                                        \
   {                                                                                         \
     #ns, runs_here, ns::make_linear, ns::make_norm, ns::make_embed, ns::make_rotary_store, \
-        ns::make_attention, ns::make_sample                                                 \
+        ns::make_attention, ns::make_sample, ns::peak_read, ns::peak_multiply               \
   }
 
 const Factories kFactories[] = {
@@ -119,5 +122,12 @@ pll_op make_embed(const EmbedSpec& spec) { return current().embed(spec); }
 pll_op make_rotary_store(const RotaryStoreSpec& spec) { return current().rotary_store(spec); }
 pll_op make_attention(const AttentionSpec& spec) { return current().attention(spec); }
 pll_op make_sample(int64_t vocab_size) { return current().sample(vocab_size); }
+
+uint64_t peak_read(const uint64_t* words, int64_t count) {
+  return current().peak_read(words, count);
+}
+double peak_multiply(PeakKind kind, int64_t rounds) {
+  return current().peak_multiply(kind, rounds);
+}
 
 }  // namespace pyllmlite

@@ -1,0 +1,132 @@
+// The loops behind pyllmlite/peaks.h: full-width loads, and dot products of a tile that stays in
+// registers, as in the inner loop of a matrix product that never misses a cache.
+#include "pyllmlite/peaks.h"
+
+#include "simd_int.h"
+
+namespace pyllmlite::PLL_NS {
+namespace {
+
+#define PLL_UNROLLED _Pragma("GCC unroll 16") for
+
+// --- reading ---------------------------------------------------------------------------------
+
+// Two streams at once are read a little faster than one.
+constexpr int STREAMS = 2, UNROLL = 4;
+#if PLL_ISA >= PLL_ISA_AVX512
+constexpr int WORDS = 8;
+#elif PLL_ISA == PLL_ISA_AVX2
+constexpr int WORDS = 4;
+#else
+constexpr int WORDS = 2;
+#endif
+typedef uint64_t words __attribute__((vector_size(8 * WORDS), aligned(8), may_alias));
+
+// --- multiplying -----------------------------------------------------------------------------
+
+// Sums of a tile: enough to hide an instruction's latency, few enough for the registers.
+#if PLL_ISA >= PLL_ISA_AVX512
+constexpr int ROWS = 4, COLS = 4;
+#elif PLL_ISA == PLL_ISA_AVX2
+constexpr int ROWS = 2, COLS = 2;
+#else
+constexpr int ROWS = 2, COLS = 1;
+#endif
+
+struct F32 {
+  using Sum = vf;
+  static constexpr float ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  static vf load(const float* p) { return vload(p); }
+  static vf zero() { return vzero(); }
+  static vf add(vf sum, vf a, vf b) { return vfma(a, b, sum); }
+  static vf lanes(vf sum) { return sum; }
+};
+
+struct Int8 {
+  using Sum = vi;
+  static constexpr uint32_t ones[16] = {
+      0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101,
+      0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101,
+      0x01010101, 0x01010101, 0x01010101, 0x01010101};
+  static vi load(const uint32_t* p) { return vi_load(p); }
+  static vi zero() { return vi_set1(0); }
+  static vi add(vi sum, vi a, vi b) { return u4_dot(sum, a, b); }
+  static vf lanes(vi sum) { return vi_to_vf(sum); }
+};
+
+#if PLL_ISA >= PLL_ISA_AVX512_BF16
+struct Bf16 {
+  using Sum = vf;
+  static constexpr uint32_t ones[16] = {
+      0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80,
+      0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80,
+      0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+  static __m512bh load(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static vf zero() { return vzero(); }
+  static vf add(vf sum, __m512bh a, __m512bh b) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
+  static vf lanes(vf sum) { return sum; }
+};
+#else
+using Bf16 = F32;
+#endif
+
+// To the compiler every call gives another pointer: so it moves no load and no product out of
+// the loop, and never makes one of two.
+template <class T>
+PLL_INLINE const T* another(const T* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
+// ROWS vectors of ones by COLS others, `rounds` times, added to a tile of sums: their total.
+template <class Product>
+double multiply(int64_t rounds) {
+  typename Product::Sum sums[ROWS][COLS];
+  PLL_UNROLLED(int t = 0; t < ROWS * COLS; ++t) sums[t / COLS][t % COLS] = Product::zero();
+  for (int64_t round = 0; round < rounds; ++round) {
+    decltype(Product::load(Product::ones)) b[COLS];
+    PLL_UNROLLED(int j = 0; j < COLS; ++j) b[j] = Product::load(another(Product::ones));
+    PLL_UNROLLED(int i = 0; i < ROWS; ++i) {
+      const auto a = Product::load(another(Product::ones));
+      PLL_UNROLLED(int j = 0; j < COLS; ++j) sums[i][j] = Product::add(sums[i][j], a, b[j]);
+    }
+  }
+  vf all = vzero();
+  PLL_UNROLLED(int t = 0; t < ROWS * COLS; ++t) {
+    all = vadd(all, Product::lanes(sums[t / COLS][t % COLS]));
+  }
+  float lanes[VF];
+  vstore(lanes, all);
+  double total = 0;
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+}  // namespace
+
+uint64_t peak_read(const uint64_t* data, int64_t count) {
+  constexpr int64_t STEP = UNROLL * WORDS;
+  const int64_t part = count / STREAMS / STEP * STEP;
+  words sums[STREAMS][UNROLL] = {};
+  for (int64_t at = 0; at < part; at += STEP) {
+    PLL_UNROLLED(int s = 0; s < STREAMS; ++s) {
+      PLL_UNROLLED(int u = 0; u < UNROLL; ++u) {
+        sums[s][u] += *(const words*)(data + s * part + at + u * WORDS);
+      }
+    }
+  }
+  uint64_t total = 0;
+  for (int t = 0; t < STREAMS * UNROLL; ++t) {
+    for (int w = 0; w < WORDS; ++w) total += sums[t / UNROLL][t % UNROLL][w];
+  }
+  for (int64_t i = STREAMS * part; i < count; ++i) total += data[i];
+  return total;
+}
+
+double peak_multiply(PeakKind kind, int64_t rounds) {
+  if (kind == PeakKind::INT8) return multiply<Int8>(rounds);
+  if (kind == PeakKind::BF16) return multiply<Bf16>(rounds);
+  return multiply<F32>(rounds);
+}
+
+}  // namespace pyllmlite::PLL_NS
