@@ -150,7 +150,7 @@ class ModelBuilder:
         )
         first = len(self.sink.entries)
         self.attention.add_ops(self.sink, layer, qkv, context, kv)
-        self.sink.default_cost(first, attention_cost(spec, kv.dtype))
+        self.sink.default_cost(first, attention_cost(spec, kv.dtype, layer.window))
         self._branch_out(at + "attn_out", at + "post_attn_norm", context, x, branch)
 
     def _mlp(self, i: int, x: Buffer, inner: Buffer, branch: Buffer | None) -> None:
@@ -218,6 +218,7 @@ class ModelBuilder:
             token_bytes=4.0 * (source.width + out.width) + residual,
             token_macs=float(n) * k,
             per_logit_row=bool(options.get("logit_rows")),
+            mac_dtype=matrix.mac_dtype,
         )
         self.sink.op(op, [source, out], op_name or name, cost)
 
@@ -251,11 +252,13 @@ class ModelBuilder:
         return self._ropes[key]
 
 
-def attention_cost(spec: ModelSpec, kv_dtype: str) -> OpCost:
+def attention_cost(spec: ModelSpec, kv_dtype: str, window: int | None) -> OpCost:
     """Of one layer: a decode step reads K and V of every sequence; each (token, key) pair costs
-    ``2 * heads * head_dim`` multiply-accumulates."""
+    ``2 * heads * head_dim`` multiply-accumulates, of the dtype that K and V are kept in."""
     return OpCost(
         token_bytes=8.0 * spec.q_size,
         context_bytes=2.0 * spec.kv_size * ITEM_BYTES.get(kv_dtype, 2),
         context_macs=2.0 * spec.q_size,
+        mac_dtype="f32" if kv_dtype == "f32" else "bf16",
+        window=window or 0,
     )

@@ -54,6 +54,13 @@ class PackedMatrix:
     def nbytes(self) -> int:
         return self.packed.nbytes
 
+    @property
+    def mac_dtype(self) -> str:
+        """What its products are of: see :class:`~pyllmlite.runtime.cost.OpCost`."""
+        if self.int8_activations:
+            return "int8"
+        return "bf16" if self.packed.format == "bf16" else "f32"
+
     def op_arguments(self) -> dict[str, Any]:
         """The part of ``_native.linear``'s arguments that follows from the weight."""
         return {

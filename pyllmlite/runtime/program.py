@@ -161,7 +161,8 @@ class Program:
                 "kind": entry.kind,
                 "buffers": [str(buffer) for buffer in entry.buffers],
                 "bytes": entry.cost.bytes(tokens, tokens, contexts),
-                "macs": entry.cost.macs(tokens, tokens, tokens * context),
+                "macs": entry.cost.macs(tokens, tokens, tokens * entry.cost.visible(context)),
+                "mac_dtype": entry.cost.mac_dtype,
             }
             for entry in self.entries
         ]
