@@ -138,6 +138,8 @@ class Batch:
         self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
     ) -> None:
         """``token_table[rows[i], positions[i]] = tokens[i]``: one call for all of a step."""
+    def append_sampled(self) -> None:
+        """After a run: the token sampled after each sequence's last row, behind its tokens."""
     def set_step(
         self,
         rows: Sequence[int],

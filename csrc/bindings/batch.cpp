@@ -162,6 +162,7 @@ void bind_batch(py::module_& m) {
           },
           py::arg("source"), py::arg("target"), py::arg("length"))
       .def("append", &append, py::arg("rows"), py::arg("tokens"), py::arg("positions"))
+      .def("append_sampled", [](PyBatch& b) { b.idle().append_sampled(); })
       .def("set_step", &set_step, py::arg("rows"), py::arg("starts"), py::arg("counts"),
            py::arg("logits"), py::arg("targets") = none)
       .def(

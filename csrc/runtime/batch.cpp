@@ -307,6 +307,16 @@ void Batch::append(Ints rows, Ints tokens, Ints positions) {
   }
 }
 
+void Batch::append_sampled() {
+  Impl& b = *impl_;
+  for (int32_t i = 0; i < b.batch.num_seqs; ++i) {
+    const int32_t last = b.first_logit_row[i + 1] - 1;
+    // No logits were wanted, or a known token was scored, or there is no column left.
+    if (last < b.first_logit_row[i] || b.targets[last] >= 0) continue;
+    if (b.seq_lens[i] < b.max_model_len) b.table_row(b.rows[i])[b.seq_lens[i]] = b.tokens[last];
+  }
+}
+
 void Batch::set_step(Ints rows, Ints starts, Ints counts, Ints logits, Ints targets) {
   Impl& b = *impl_;
   b.clear();

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pyllmlite.core.request import Sequence
-from pyllmlite.hooks.decoder import Actions, Decoder, StepResult
+from pyllmlite.hooks.decoder import Decoder
 
 
 class Sample(Decoder):
     """Greedy or random sampling.  All of it happens in the native sampler; stop rules are the
-    engine's; so what was sampled is simply appended."""
+    engine's; so what was sampled is simply appended, as every decoder does by default."""
 
     name = "sample"
     priority = 50
-
-    def advance(self, seq: Sequence, result: StepResult, actions: Actions) -> None:
-        actions.append(seq, result.tokens)

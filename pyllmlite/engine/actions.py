@@ -53,6 +53,15 @@ class SequenceActions:
         return Sequence(self._next_id, state.request, token_ids, child)
 
     # -- append ----------------------------------------------------------------------------------
+    def take(self, seq: Sequence, state: SequenceState, token: int) -> None:
+        """Append a token that the native batch has sampled, and so appended itself."""
+        ids = seq.token_ids
+        ids.append(token)
+        if token in state.stop_ids:
+            self._end_by_token(seq, token)
+        elif len(ids) >= state.limit:
+            self.end(seq, "length")
+
     def append(self, seq: Sequence, token_ids: Seq[int]) -> None:
         state: SequenceState = seq.output
         if not state.plain or len(token_ids) != 1 or seq.row < 0:
@@ -151,6 +160,8 @@ class SequenceActions:
         while state.unborn:
             state.unborn -= 1
             self._fork(seq, seq.num_prompt_tokens - 1)
+        for sibling in state.request.sequences:
+            sibling.output.direct = state.direct
 
     def _fork(self, seq: Sequence, num_computed: int) -> Sequence:
         state: SequenceState = seq.output

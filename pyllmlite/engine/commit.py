@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pyllmlite.engine.actions import SequenceActions
     from pyllmlite.engine.results import Logprobs
     from pyllmlite.engine.schedule import Step
-    from pyllmlite.engine.state import RequestState
+    from pyllmlite.engine.state import RequestState, SequenceState
     from pyllmlite.hooks.cache import KVCache
 
 _BAD = {
@@ -33,119 +33,127 @@ class Committer:
         self._actions = actions
         self._logprobs = logprobs
         self._result = Result(batch)
+        self._tokens: list[int] = []  # of this step, a token for each row of logits
+        self._status: list[int] | None = None  # None: no row failed
 
     def commit(self, step: Step) -> None:
-        tokens = self._batch.token_list
-        status = self._batch.status.tolist() if self._batch.any_failed else None
-        actions, result = self._actions, self._result
+        batch, actions, result = self._batch, self._actions, self._result
+        batch.append_sampled()
+        self._tokens = tokens = batch.token_list
+        self._status = status = batch.status.tolist() if batch.any_failed else None
         commit = self._cache.commit
+        idle: list[Sequence] = []  # those that have no token to run next
         self._logprobs.begin()
         for seq, error in step.failed:
             actions.fail(seq.output.request, error)
-        first = 0
+        behind = 0
         for seq, start, count, rows in zip(
             step.seqs, step.starts, step.counts, step.logits, strict=True
         ):
-            behind = first + rows
-            if seq.status is Status.FINISHED:  # with another sequence of its request
-                first = behind
-                continue
-            state: RequestState = seq.output.request
-            if status is not None and not self._usable(seq, status, tokens, first, behind):
-                first = behind
-                continue
-            ids = seq.token_ids
-            end = start + count
-            if rows == 1 and end == len(ids) and not state.unborn and not state.special:
-                # Plain decoding, or the end of a prompt.
-                commit(seq.id, ids, end)
-                seq.num_computed = end
-                result.tokens = tokens[first:behind]
-                result.num_rows = 1
-                result.first = first
-            elif not self._commit_special(seq, state, end, tokens, first, rows):
-                first = behind
-                continue
-            first = behind
-            if state.num_logprobs >= 0:
-                self._logprobs.set_rows(seq, result.first, result.num_rows)
-            result.num_top = seq.output.num_top
-            before = len(ids)
-            if state.request.first_token_time is None:
-                state.request.first_token_time = time.monotonic()
-            drafts = seq.draft_ids
-            try:
-                state.decoder.advance(seq, result, actions)
-            except Exception as error:
-                actions.fail(state, failure(state.decoder, error))
-            if drafts:
-                self._settle_drafts(seq, before, drafts)
-        self._check_progress(step)
+            first, behind = behind, behind + rows
+            state: SequenceState = seq.output
+            if state.direct and rows and status is None and seq.row >= 0:
+                seq.num_computed = end = start + count
+                commit(seq.id, seq.token_ids, end)
+                if end == seq.num_prompt_tokens:
+                    self._note_first_token(seq)
+                actions.take(seq, state, tokens[first])
+            elif self._commit_special(seq, state, start + count, first, behind):
+                before, drafts = len(seq.token_ids), seq.draft_ids
+                if before == seq.num_prompt_tokens:
+                    self._note_first_token(seq)
+                try:
+                    state.decoder.advance(seq, result, actions)
+                except Exception as error:
+                    actions.fail(state.request, failure(state.decoder, error))
+                if drafts:
+                    self._settle_drafts(seq, before, drafts)
+                if seq.num_computed >= len(seq.token_ids) or seq.row < 0:
+                    idle.append(seq)
+        self._check_progress(idle)
         actions.flush()
 
-    def _usable(
-        self, seq: Sequence, status: list[int], tokens: list[int], first: int, behind: int
+    @staticmethod
+    def _note_first_token(seq: Sequence) -> None:
+        request = seq.request
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
+
+    def _commit_special(
+        self, seq: Sequence, state: SequenceState, end: int, first: int, behind: int
     ) -> bool:
+        """Chunks, scored prompts, drafts, births, rows that failed.  Is there a token for the
+        decoder?"""
+        request = state.request
+        if seq.status is Status.FINISHED or not self._usable(seq, first, behind):
+            return False  # it ended with another sequence of its request, or does so now
+        rows = 1
+        if seq.draft_ids:
+            rows = self._commit_drafts(seq, first)
+        else:
+            self._cache.commit(seq.id, seq.token_ids, end)
+            start = seq.num_computed
+            seq.num_computed = end
+            if request.scoring:
+                self._score(seq, request, start, end, first)
+            if first == behind or end < len(seq.token_ids):
+                return False
+            first = behind - 1
+        if request.unborn:
+            self._give_birth(seq, request)
+        result = self._result
+        result.tokens = self._tokens[first : first + rows]
+        result.num_rows = rows
+        result.first = first
+        result.num_top = state.num_top
+        if request.num_logprobs >= 0:
+            self._logprobs.set_rows(seq, first, rows)
+        return seq.row >= 0  # unless its request has failed on the way
+
+    def _usable(self, seq: Sequence, first: int, behind: int) -> bool:
         """Rows behind the first rejected draft do not count."""
+        status = self._status
+        if status is None:
+            return True
         last = behind
         if seq.draft_ids:
-            last = first + self._accepted(seq, tokens, first) + 1
+            last = first + self._accepted(seq, first) + 1
         bad = next((status[row] for row in range(first, last) if status[row]), 0)
         if bad:
             self._actions.fail(seq.output.request, _BAD.get(bad, f"sampler status {bad}"))
         return not bad
 
-    @staticmethod
-    def _accepted(seq: Sequence, tokens: list[int], first: int) -> int:
+    def _accepted(self, seq: Sequence, first: int) -> int:
         accepted = 0
         for draft in seq.draft_ids:
-            if tokens[first + accepted] != draft:
+            if self._tokens[first + accepted] != draft:
                 break
             accepted += 1
         return accepted
 
-    def _commit_special(
-        self, seq: Sequence, state: RequestState, end: int, tokens: list[int], first: int, rows: int
-    ) -> bool:
-        """Chunks, scored prompts, drafts, births.  Is there a token for the decoder?"""
-        ids, result = seq.token_ids, self._result
-        accepted = len(seq.draft_ids)
-        if accepted:
-            proposed = accepted
-            accepted = self._accepted(seq, tokens, first)
-            end = len(ids) + accepted
-            self._cache.commit(seq.id, ids + seq.draft_ids[:accepted], end)
-            if accepted < proposed:
-                self._cache.truncate(seq.id, end)
-            seq.num_computed = end
-            del seq.draft_ids[accepted:]
-            if state.proposer is not None:
-                try:
-                    state.proposer.verified(seq, proposed, accepted)
-                except Exception as error:
-                    self._actions.fail(state, failure(state.proposer, error))
-                    return False
-            result.tokens = tokens[first : first + accepted + 1]
-            result.num_rows = accepted + 1
-            result.first = first
-            return True
-        self._cache.commit(seq.id, ids, end)
-        start = seq.num_computed
+    def _commit_drafts(self, seq: Sequence, first: int) -> int:
+        """Returns how many tokens were chosen; ``seq.draft_ids`` keeps those accepted."""
+        ids = seq.token_ids
+        proposed, accepted = len(seq.draft_ids), self._accepted(seq, first)
+        end = len(ids) + accepted
+        self._cache.commit(seq.id, ids + seq.draft_ids[:accepted], end)
+        if accepted < proposed:
+            self._cache.truncate(seq.id, end)
         seq.num_computed = end
-        if state.scoring:
-            self._score(seq, state, start, end, first)
-        if rows == 0 or end < len(ids):
-            return False
-        result.tokens = tokens[first + rows - 1 : first + rows]
-        result.num_rows = 1
-        result.first = first + rows - 1
-        if state.unborn:
-            try:
-                self._actions.give_birth(seq)
-            except Exception as error:
-                self._actions.fail(state, failure("starting the other completions", error))
-                return False
-        return True
+        del seq.draft_ids[accepted:]
+        request = seq.output.request
+        try:
+            if request.proposer is not None:
+                request.proposer.verified(seq, proposed, accepted)
+        except Exception as error:
+            self._actions.fail(request, failure(request.proposer, error))
+        return accepted + 1
+
+    def _give_birth(self, seq: Sequence, request: RequestState) -> None:
+        try:
+            self._actions.give_birth(seq)
+        except Exception as error:
+            self._actions.fail(request, failure("starting the other completions", error))
 
     def _score(self, seq: Sequence, state: RequestState, start: int, end: int, first: int) -> None:
         """The row of position p scored the prompt's token p + 1; the first token has no score."""
@@ -174,19 +182,19 @@ class Committer:
             seq.num_computed = before + same
             self._cache.truncate(seq.id, seq.num_computed)
 
-    def _check_progress(self, step: Step) -> None:
+    def _check_progress(self, idle: list[Sequence]) -> None:
         """A sequence may wait for others of its request (beams), but somebody must have a token
-        to run."""
-        for seq in step.seqs:
-            # One that has ended may have been the last that got on.
-            if seq.num_computed >= len(seq.token_ids) or seq.row < 0:
-                state: RequestState = seq.output.request
-                if not state.live or any(
-                    other.num_uncomputed and other.status is not Status.FINISHED
-                    for other in state.request.sequences
-                ):
-                    continue
-                self._actions.fail(
-                    state,
-                    f"decoder {state.decoder.name!r} neither appended a token nor ended a sequence",
-                )
+        to run.  One that has ended may have been the last that got on."""
+        for seq in idle:
+            if seq.num_computed < len(seq.token_ids) and seq.row >= 0:
+                continue  # another one's turn gave it a token
+            request: RequestState = seq.output.request
+            if not request.live or any(
+                other.num_uncomputed and other.status is not Status.FINISHED
+                for other in request.request.sequences
+            ):
+                continue
+            self._actions.fail(
+                request,
+                f"decoder {request.decoder.name!r} neither appended a token nor ended a sequence",
+            )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pyllmlite.hooks.decoder import Decoder
+
 if TYPE_CHECKING:
     from pyllmlite.core.request import Request, Sequence
     from pyllmlite.engine.detokenize import Detokenizer
-    from pyllmlite.hooks.decoder import Constraint, Decoder, Proposer
+    from pyllmlite.hooks.decoder import Constraint, Proposer
 
 _MASK = (1 << 64) - 1
 # What the native float32 and int32 hold.
@@ -32,6 +34,7 @@ class RequestState:
         stop_ids: Tokens that end a sequence; ``named_stop_ids`` those the request named.
         plain: Nothing to do for a new token but to append it and to look whether it ends.
         special: A step with it needs planning: drafts, masks, scores of the prompt.
+        direct: All that there is to a step is to append the token that was sampled.
         unborn: Completions still to be forked off when the prompt is in the cache.
         live: Sequences that have not ended.
         scored: Prompt tokens whose log-probability is known (``prompt_logprobs``).
@@ -43,6 +46,7 @@ class RequestState:
         "changed",
         "constraints",
         "decoder",
+        "direct",
         "limit",
         "live",
         "min_tokens_end",
@@ -97,6 +101,12 @@ class RequestState:
             or decoder.plans_steps
             or params.prompt_logprobs is not None
         )
+        self.direct = (
+            self.plain
+            and not self.special
+            and self.num_logprobs < 0
+            and type(decoder).advance is Decoder.advance
+        )
         self.sampling = self._sampling(prompt_len)
         self.unborn = params.n - 1
         self.live = 0
@@ -149,7 +159,8 @@ class RequestState:
 class SequenceState:
     """Attributes:
     request: The request's state.
-    stop_ids, limit, plain: Copied from there, for the step's inner loop.
+    decoder, stop_ids, limit, plain: Copied from there, for the step's inner loop.
+    direct: As the request's, once its completions have been forked off.
     stamp: Number of the last step that it was put into.
     constraint_states: One for each of the request's constraints.
     detokenizer: Text so far; None: no text is asked for.
@@ -161,7 +172,9 @@ class SequenceState:
     __slots__ = (
         "blocked_at",
         "constraint_states",
+        "decoder",
         "detokenizer",
+        "direct",
         "limit",
         "num_top",
         "plain",
@@ -173,6 +186,8 @@ class SequenceState:
 
     def __init__(self, request: RequestState, detokenizer: Detokenizer | None) -> None:
         self.request = request
+        self.decoder = request.decoder
+        self.direct = request.direct and not request.unborn
         self.stop_ids = request.stop_ids
         self.limit = request.limit
         self.plain = request.plain

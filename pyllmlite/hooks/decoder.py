@@ -102,10 +102,11 @@ class Decoder(Strategy):
     def plan(self, seq: Sequence, plan: StepPlan) -> None:
         """Before a step in which a token of ``seq`` is chosen."""
 
-    @abstractmethod
     def advance(self, seq: Sequence, result: StepResult, actions: Actions) -> None:
-        """After it.  Plain decoding is ``actions.append(seq, result.tokens)``: with drafts the
-        engine has already cut ``tokens`` behind the last accepted one."""
+        """After it.  As it stands here it is plain decoding, which the engine does by itself where
+        nobody overrides it: with drafts it has already cut ``tokens`` behind the last accepted
+        one."""
+        actions.append(seq, result.tokens)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Copy ``parent.state`` to the child."""

@@ -65,6 +65,16 @@ class FakeBatch:
     def append(self, rows, tokens, positions):
         self.token_table[rows, positions] = tokens
 
+    def append_sampled(self):
+        behind = 0
+        for row, start, count, wanted in zip(
+            self.rows, self.starts, self.counts, self.wanted, strict=True
+        ):
+            behind += wanted
+            end = start + count
+            if wanted and self.targets[behind - 1] < 0 and end < self.max_len:
+                self.token_table[row, end] = self.tokens[behind - 1]
+
     def set_step(self, rows, starts, counts, logits, targets=()):
         if len(set(rows)) != len(rows):
             raise ValueError("a row stands twice in the step")

@@ -34,6 +34,37 @@ def test_greedy_follows_the_model(length):
     assert out.finished and out.prompt_token_ids == prompt
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_tokens": 9},
+        {"max_tokens": 1, "n": 3},
+        {"max_tokens": 12, "n": 3, "seed": 4},
+        {"max_tokens": 12, "stop_token_ids": [7, 20, 41]},
+        {"max_tokens": 40, "ignore_eos": True},  # to the end of max_model_len
+        {"max_tokens": 9, "logprobs": 1},
+    ],
+)
+def test_a_decoder_that_appends_by_itself_is_the_engines_own(params):
+    class Appends(Decoder):
+        name = "appends"
+        calls = 0
+
+        def advance(self, seq, result, actions):
+            Appends.calls += 1
+            actions.append(seq, result.tokens)
+
+    params = {"seed": 1, "temperature": 0.8, **params}
+    prompt = prompt_of(5, 33)
+    ends = []
+    for decoder in ("sample", "appends"):
+        out = one(fake_built(decoders=[Appends], decoder=decoder, eos=()), prompt, **params)
+        assert out.metrics.first_token_time <= out.metrics.finished_time
+        ends.append([(o.token_ids, o.finish_reason, o.stop_reason) for o in out.outputs])
+    assert ends[0] == ends[1]
+    assert Appends.calls == sum(len(tokens) for tokens, _, _ in ends[0])
+
+
 @pytest.mark.parametrize("cache", ["paged", "contiguous"])
 @pytest.mark.parametrize("scheduler", ["continuous", "static"])
 def test_a_request_does_not_feel_its_neighbours(cache, scheduler):

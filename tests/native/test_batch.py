@@ -41,6 +41,26 @@ def test_sequences_of_any_kind_of_int(batch):
         batch.set_step([2**70], [0], [1], [1])
 
 
+def test_append_sampled_puts_the_last_token_behind_each_sequence(batch):
+    # A prompt's end, a chunk that wants no logits, drafts, a known token, the last column.
+    batch.set_step(
+        [0, 1, 2, 3, 4],
+        [0, 0, 10, 20, LENGTH - 1],
+        [3, 4, 3, 2, 1],
+        [1, 0, 3, 1, 1],
+        targets=[-1, -1, -1, -1, 5, -1],
+    )
+    expected = batch.token_table.copy()
+    expected[0, 3], expected[2, 13] = 60, 63
+    logits = np.eye(VOCAB, dtype=np.float32)[60:66].copy()
+    for row in range(5):
+        batch.set_sampling(row, temperature=0.0)
+    _native.run_op(_native.sample(VOCAB), [logits], batch)
+    batch.append_sampled()
+    assert batch.token_list == [60, 61, 62, 63, 5, 65]
+    np.testing.assert_array_equal(batch.token_table, expected)
+
+
 def test_append_in_one_call(batch):
     batch.append([0, 5, 3], [9, 8, 7], [0, 95, 40])
     assert batch.token_table[[0, 5, 3], [0, 95, 40]].tolist() == [9, 8, 7]

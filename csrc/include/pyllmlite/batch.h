@@ -48,6 +48,8 @@ class PLL_API Batch {
   void copy_row(int32_t source, int32_t target, int32_t length);
   // token_table[rows[i], positions[i]] = tokens[i].
   void append(Ints rows, Ints tokens, Ints positions);
+  // After a run: the token sampled last for each sequence of the step, behind its tokens.
+  void append_sampled();
 
   // After an error the batch is an empty step.  targets: empty, or one per logit row, -1: sample.
   void set_step(Ints rows, Ints starts, Ints counts, Ints logits, Ints targets = {});
