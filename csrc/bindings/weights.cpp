@@ -6,6 +6,8 @@
 #include <new>
 #include <optional>
 
+#include "pyllmlite/memory.h"
+
 namespace pyllmlite::bindings {
 namespace {
 
@@ -40,14 +42,6 @@ int64_t num_groups(const PackedLinear& w) {
   return w.group_size == 0 || w.group_size >= w.k ? 1 : (w.k + w.group_size - 1) / w.group_size;
 }
 
-std::shared_ptr<void> zeroed(size_t bytes) {
-  bytes = std::max<size_t>((bytes + 63) / 64 * 64, 64);
-  void* p = std::aligned_alloc(64, bytes);
-  if (p == nullptr) throw std::bad_alloc();
-  std::memset(p, 0, bytes);
-  return {p, std::free};
-}
-
 PyPackedLinear empty(const std::string& format, int64_t n, int64_t k, int64_t group_size,
                      bool mins, bool gated) {
   PyPackedLinear p;
@@ -67,15 +61,15 @@ PyPackedLinear empty(const std::string& format, int64_t n, int64_t k, int64_t gr
   p.gated = gated;
   if (mins && !has_scales(p.weight)) throw py::value_error("weights in " + format + " have no mins");
   const PackedSize size = packed_size(p.weight.format, n, k, group_size, gated);
-  p.data = zeroed(size.data_bytes);
+  p.data = allocate_zeroed(size.data_bytes);
   p.weight.data = p.data.get();
   p.nbytes = size.data_bytes;
   if (has_scales(p.weight)) {
-    p.scales = zeroed(size.num_scales * 2);
+    p.scales = allocate_zeroed(size.num_scales * 2);
     p.weight.scales = static_cast<const uint16_t*>(p.scales.get());
     p.nbytes += size.num_scales * 2;
     if (mins) {
-      p.mins = zeroed(size.num_scales * 2);
+      p.mins = allocate_zeroed(size.num_scales * 2);
       p.weight.mins = static_cast<const uint16_t*>(p.mins.get());
       p.nbytes += size.num_scales * 2;
     }

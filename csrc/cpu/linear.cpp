@@ -15,7 +15,8 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
-constexpr int64_t LOCAL_BYTES = 32 * 1024;  // of prepared rows that each thread makes for itself
+// Prepared rows that each thread makes for itself: below it a barrier costs more.
+constexpr int64_t LOCAL_VALUES = 4096, LOCAL_BYTES = 32 * 1024;
 constexpr int64_t BLOCK_ROWS = 96;          // a multiple of every max_rows
 constexpr int64_t TILE_WIDTH = 4;           // panels to a tile
 constexpr int64_t MAX_SEGMENT = 65536;      // 255 * 127 * MAX_SEGMENT fits int32
@@ -104,15 +105,54 @@ void write_row(const LinearSpec& spec, const float* acc, int64_t first, int64_t 
 
 // --- tiles -----------------------------------------------------------------------------------
 
-void run_tile(const Linear& op, const uint8_t* rows, int64_t num_rows, int64_t first,
-              int64_t panels, float* acc) {
+// What a kernel asks the memory for: the panels behind its own, or a fixed way ahead in them.
+void ask_ahead(const LinearState& s, int64_t width, bool first, TileArgs* args) {
+  args->ahead = args->ahead_scales = 0;
+  if (!first) return;
+  if (s.segment_bytes == 0) {
+    args->ahead = 1024;
+  } else if (width == 1) {
+    args->ahead = STREAM_AHEAD;
+    args->ahead_scales = STREAM_AHEAD / s.segment_bytes / s.row.segments_per_group * 16;
+  } else {
+    args->ahead = width * s.panel_bytes;
+    args->ahead_scales = width * s.panel_scales;
+  }
+}
+
+// Prepared rows of one thread that pass a register tile together.
+struct RowGroup {
+  const uint8_t* rows;
+  int64_t count;
+};
+
+// Rows [begin, end) of a step, at most BLOCK_ROWS, cut into groups that are about equal and lie
+// within a slice.  Returns their number.
+int64_t cut_rows(const LinearState& s, const uint8_t* const* slices, int64_t slice, int64_t begin,
+                 int64_t end, RowGroup* groups) {
+  int64_t n = 0;
+  while (begin < end) {
+    const int64_t which = begin / slice;
+    const int64_t stop = at_most((which + 1) * slice, end);
+    const int64_t parts = (stop - begin + s.max_rows - 1) / s.max_rows;
+    for (int64_t left = parts; left > 0; --left) {
+      const int64_t count = (stop - begin + left - 1) / left;
+      groups[n++] = RowGroup{slices[which] + (begin - which * slice) * s.row.bytes, count};
+      begin += count;
+    }
+  }
+  return n;
+}
+
+// acc [rows][TILE_WIDTH * 16] = the groups' rows times `panels` panels from panel `first`.
+void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int64_t num_rows,
+              int64_t first, int64_t panels, float* acc) {
   const LinearState& s = op.state;
   const PackedLinear& weight = s.spec.weight;
   constexpr int64_t STRIDE = TILE_WIDTH * 16;
   memset(acc, 0, static_cast<size_t>(num_rows * STRIDE) * sizeof(float));
-  const int64_t groups = (num_rows + s.max_rows - 1) / s.max_rows;
-  const int64_t size = num_rows / groups, larger = num_rows % groups;
-  const int64_t k_block = groups > 1 ? s.k_block : s.row.k;
+  const int64_t k_block = num_groups > 1 ? s.k_block : s.row.k;
+  const bool stream = s.segment_bytes > 0 && num_rows <= STREAM_ROWS;
   TileArgs args;
   args.panel_bytes = s.panel_bytes;
   args.panel_scales = s.panel_scales;
@@ -123,19 +163,21 @@ void run_tile(const Linear& op, const uint8_t* rows, int64_t num_rows, int64_t f
     args.k1 = at_most(k + k_block, s.row.k);
     for (int64_t p = 0; p < panels;) {
       const int64_t left = panels - p;
-      const int kind = num_rows <= WIDE_ROWS && left >= WIDE_PANELS ? 2 : left >= TILE_PANELS;
+      int kind = left >= TILE_PANELS && !stream;
+      if (s.segment_bytes == 0 && num_rows <= WIDE_ROWS && left >= WIDE_PANELS) kind = 2;
+      const int64_t width = kind == 2 ? WIDE_PANELS : kind == 1 ? TILE_PANELS : 1;
       args.weight = static_cast<const uint8_t*>(weight.data) + (first + p) * s.panel_bytes;
       args.scales = weight.scales + (first + p) * s.panel_scales;
       args.mins = weight.mins ? weight.mins + (first + p) * s.panel_scales : nullptr;
-      int64_t row = 0;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t count = size + (g < larger);
-        args.rows = rows + row * s.row.bytes;
-        args.acc = acc + row * STRIDE + p * 16;
-        op.kernels[count][kind](args);
-        row += count;
+      args.acc = acc + p * 16;
+      for (int64_t g = 0; g < num_groups; ++g) {
+        // The first rows bring the weights; for those behind them `ahead` is what is there.
+        ask_ahead(s, width, g == 0, &args);
+        args.rows = groups[g].rows;
+        op.kernels[groups[g].count][kind](args);
+        args.acc += groups[g].count * STRIDE;
       }
-      p += kind == 2 ? WIDE_PANELS : kind == 1 ? TILE_PANELS : 1;
+      p += width;
     }
   }
 }
@@ -179,7 +221,8 @@ void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers
   float* acc = reinterpret_cast<float*>(scratch + s.acc_at);
 
   const bool local =
-      rows * s.row.bytes <= LOCAL_BYTES && (threads == 1 || !overlap(x, out, batch->num_tokens));
+      rows * s.row.bytes <= LOCAL_BYTES &&
+      (threads == 1 || (rows * s.row.k <= LOCAL_VALUES && !overlap(x, out, batch->num_tokens)));
   const int64_t slice = local ? rows : round_up((rows + threads - 1) / threads, s.max_rows);
   if (!local && (slice > s.slice_rows || threads > s.num_slices)) {
     ctx->fail(ctx, "linear: more rows or threads than the Program was finished for");
@@ -199,31 +242,31 @@ void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers
     if (threads > 1) ctx->barrier(ctx);
   }
 
-  // Row blocks lie within slices, all of one size but the last of each.
-  const int64_t num_slices = (rows + slice - 1) / slice;
-  const int64_t blocks = (slice + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const int64_t block = round_up((slice + blocks - 1) / blocks, s.max_rows);
-  const int64_t row_tiles = num_slices * blocks;
+  const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int64_t block = round_up((rows + blocks - 1) / blocks, s.max_rows);
   const int64_t narrowest = s.spec.gated ? 2 : 1;
   int64_t width = TILE_WIDTH;
-  while (width > narrowest && (s.num_panels + width - 1) / width * row_tiles < 4 * threads) {
+  while (width > narrowest && (s.num_panels + width - 1) / width * blocks < 4 * threads) {
     width /= 2;
   }
-  const int64_t tiles = (s.num_panels + width - 1) / width * row_tiles;
+  const int64_t panel_tiles = (s.num_panels + width - 1) / width;
+  const int64_t tiles = panel_tiles * blocks;
   const int64_t chunk = 1 + tiles / (threads * 16);
+  RowGroup groups[BLOCK_ROWS];
+  int64_t num_groups = 0, cut = -1;  // the block that `groups` are of
   for (;;) {
     const int64_t from = ctx->fetch_add(ctx, 0, chunk);
     if (from >= tiles) break;
     const int64_t to = at_most(from + chunk, tiles);
     for (int64_t tile = from; tile < to; ++tile) {
-      const int64_t first = tile / row_tiles * width;
+      // A block of rows meets all weights before the next one does: its rows stay in cache.
+      const int64_t first = tile % panel_tiles * width, row = tile / panel_tiles * block;
       const int64_t panels = at_most(width, s.num_panels - first);
-      const int64_t which = tile % row_tiles / blocks;
-      const int64_t in_slice = tile % row_tiles % blocks * block;
-      const int64_t row = which * slice + in_slice;
-      const int64_t count = at_most(at_most(block, slice - in_slice), rows - row);
+      const int64_t count = at_most(block, rows - row);
       if (count <= 0) continue;
-      run_tile(op, slices[which] + in_slice * s.row.bytes, count, first, panels, acc);
+      if (cut != row) num_groups = cut_rows(s, slices, slice, row, row + count, groups);
+      cut = row;
+      run_tile(op, groups, num_groups, count, first, panels, acc);
       for (int64_t r = 0; r < count; ++r) {
         write_row(s.spec, acc + r * TILE_WIDTH * 16, first, panels,
                   static_cast<float*>(out.data) + (row + r) * out.stride[0]);
@@ -293,7 +336,7 @@ void set_layout(LinearState* s) {
   row.segments_per_group = row.segments_per_activation_group = 1;
   row.type = RowType::F32;
   s->max_rows = quantized && spec.int8_activations ? MAX_INT_ROWS : MAX_ROWS;
-  s->panel_scales = 0;
+  s->panel_scales = s->segment_bytes = 0;
   switch (w.format) {
     case WeightFormat::F32:
       s->panel_bytes = k * 64;
@@ -333,6 +376,7 @@ void set_layout(LinearState* s) {
     row.segments_per_group = group < k ? group / row.segment : row.num_segments;
     row.segments_per_activation_group =
         activation < k ? activation / row.segment : row.num_segments;
+    s->segment_bytes = row.segment * (w.format == WeightFormat::INT8 ? 16 : 8);
     const int64_t target = spec.int8_activations ? 1024 : 256;
     s->k_block = row.segment * (row.segment < target ? target / row.segment : 1);
   }

@@ -23,10 +23,6 @@ struct Accumulators {
   }
 };
 
-// Weights stream from memory once a tile: ask for them this many bytes ahead, but for the
-// largest tiles, which lack the registers.
-constexpr int64_t AHEAD = 1024;
-
 template <int ROWS, int PANELS>
 struct F32Kernel {
   static void run(const TileArgs& a) {
@@ -42,7 +38,7 @@ struct F32Kernel {
       vf b[PANELS];
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         b[p] = vload(w[p] + k * 16);
-        if (ROWS * PANELS <= 16) prefetch(w[p] + k * 16 + AHEAD / 4);
+        if (ROWS * PANELS <= 16) prefetch(w[p] + k * 16 + a.ahead / 4);
       }
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         const vf value = vset1(x[r][k]);
@@ -69,7 +65,7 @@ struct BF16Kernel {
       __m512bh b[PANELS];
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         b[p] = (__m512bh)_mm512_loadu_si512(w[p] + i * 64);
-        if (ROWS * PANELS <= 16) prefetch(w[p] + i * 64 + AHEAD);
+        if (ROWS * PANELS <= 16) prefetch(w[p] + i * 64 + a.ahead);
       }
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         int32_t pair;
@@ -126,7 +122,7 @@ struct BF16Kernel {
       vf even[PANELS], odd[PANELS];
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         load_pairs(w[p] + i * 64, &even[p], &odd[p]);
-        if (ROWS * PANELS <= 16) prefetch(w[p] + i * 64 + AHEAD);
+        if (ROWS * PANELS <= 16) prefetch(w[p] + i * 64 + a.ahead);
       }
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         const vf value = vset1(x[r][2 * i]);

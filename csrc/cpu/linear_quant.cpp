@@ -10,7 +10,16 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
-constexpr int64_t AHEAD = 1024;  // bytes of weights asked for early
+// Asks for weights, scales and minimums that come later: into the first cache where panels are
+// streamed, into the second where other rows of the tile come before they are used.
+template <int PANELS>
+inline __attribute__((always_inline)) void ask_ahead(const void* p) {
+  if (PANELS == 1) {
+    prefetch(p);
+  } else {
+    prefetch_l2(p);
+  }
+}
 
 struct Segment {
   int64_t index;
@@ -44,7 +53,9 @@ inline __attribute__((always_inline)) void add_segment(const TileArgs& a, const 
   PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
     const int64_t at = p * a.panel_scales + s.group * 16;
     const vf scale = vload_f16(a.scales + at);
+    ask_ahead<PANELS>(a.scales + at + a.ahead_scales);
     if (a.mins) {
+      ask_ahead<PANELS>(a.mins + at + a.ahead_scales);
       const vf min = vload_f16(a.mins + at);
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         float* to = a.acc + r * a.acc_stride + p * 16;
@@ -87,7 +98,7 @@ struct IntKernel {
         PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
           const uint8_t* from = w[p] + k * (64 / STEP);
           const vi raw = vi_load(from);
-          if (ROWS * PANELS <= 16) prefetch(from + AHEAD);
+          ask_ahead<PANELS>(from + a.ahead);
           low[p] = INT4 ? u4_low(raw) : i8_prepare(raw);
           if (INT4) high[p] = u4_high(raw);
         }
@@ -150,7 +161,7 @@ inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         const uint8_t* from = w[p] + k * (64 / STEP);
         raw[p] = vi_load(from);
-        if (ROWS * PANELS <= 16) prefetch(from + AHEAD);
+        ask_ahead<PANELS>(from + a.ahead);
       }
 #define PLL_COLUMN(j, decode)                                        \
   PLL_UNROLL for (int p = 0; p < PANELS; ++p) code[p] = decode(raw[p]); \

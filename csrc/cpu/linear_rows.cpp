@@ -1,5 +1,7 @@
 // Phase 1 of the linear op: one input row, normed, scaled, permuted and converted.
 
+#include <math.h>
+
 #include "linear_impl.h"
 #include "simd_int.h"
 
@@ -61,44 +63,67 @@ void norm_row(const LinearSpec& spec, const float* x, int64_t k, float* y) {
   }
 }
 
+int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+
+// max |y| of every activation group into amax; infinity or NaN where a group holds either.
+void find_amax(const RowLayout& row, const float* y, float* amax) {
+  const int64_t columns = row.segment * row.segments_per_activation_group;
+  for (int64_t begin = 0; begin < row.k; begin += columns) {
+    const int64_t end = at_most(begin + columns, row.k);
+    vi top = vi_set1(0);
+    for (int64_t i = begin; i < end; i += 16) {
+      top = vi_max(top, vi_abs_bits(vload_n(y + i, end - i)));
+    }
+    const int32_t bits = vi_reduce_max(top);
+    memcpy(amax++, &bits, 4);
+  }
+}
+
+// Codes of columns [begin, end) as y * inverse rounded; their sum.
+int32_t write_codes(const float* y, int64_t begin, int64_t end, float inverse, int8_t* codes) {
+  const vf factor = vset1(inverse);
+  vi sum = vi_set1(0);
+  for (int64_t i = begin; i < end; i += 16) {
+    const vi code = vi_round(vmul(vload_n(y + i, end - i), factor));
+    vi_store_i8(codes + i, code);
+    sum = vi_add(sum, code);
+  }
+  return vi_reduce_add(sum);
+}
+
 // Symmetric, round to nearest even, scale = max |y| / 127.  A group that holds NaN or infinity
 // gets codes 0 and scale NaN: its row's outputs are NaN, other rows see nothing.
-void quantize(const RowLayout& row, const float* y, uint8_t* record) {
+// temp: 2 floats an activation group.
+void quantize(const RowLayout& row, const float* y, float* temp, uint8_t* record) {
   int8_t* codes = reinterpret_cast<int8_t*>(record);
   float* scales = reinterpret_cast<float*>(record + row.scale_at);
   int32_t* code_sums = reinterpret_cast<int32_t*>(record + row.code_sum_at);
   float* sums = reinterpret_cast<float*>(record + row.sum_at);
-  for (int64_t s = 0; s < row.num_segments; s += row.segments_per_activation_group) {
-    int64_t s_end = s + row.segments_per_activation_group;
-    if (s_end > row.num_segments) s_end = row.num_segments;
-    const int64_t begin = s * row.segment;
-    const int64_t end = s_end * row.segment < row.k ? s_end * row.segment : row.k;
-    vf top = vzero(), spoilt = vzero();
-    for (int64_t i = begin; i < end; i += 16) {
-      const vf v = vload_n(y + i, end - i);
-      top = vmax(vabs(v), top);
-      spoilt = vfma(v, vzero(), spoilt);  // 0, or NaN where v is not finite
-    }
-    const bool finite = vreduce_add(spoilt) == 0.0f;
-    const float amax = finite ? vreduce_max(top) : 0.0f;
+  const int64_t per_group = row.segments_per_activation_group;
+  const int64_t groups = (row.num_segments + per_group - 1) / per_group;
+  float* amax = temp;
+  float* inverses = temp + groups;
+  find_amax(row, y, amax);
+  for (int64_t g = 0; g < groups; ++g) {
+    const bool finite = amax[g] < INFINITY;
     // Below 1e-35 127 / amax nears overflow; such a group is nothing beside any other number.
-    const float inverse = amax > 1e-35f ? 127.0f / amax : 0.0f;
-    const float scale = !finite ? __builtin_nanf("") : amax > 1e-35f ? amax / 127.0f : 0.0f;
-    const vf inv = vset1(inverse);
-    if (finite) {
-      for (int64_t i = begin; i < end; i += 16) {
-        vstore_i8(codes + i, vround(vmul(vload_n(y + i, end - i), inv)));
-      }
-    } else {
-      memset(codes + begin, 0, static_cast<size_t>(end - begin));
-    }
-    for (int64_t j = s; j < s_end; ++j) {
-      const int64_t to = (j + 1) * row.segment < row.k ? (j + 1) * row.segment : row.k;
+    const bool tiny = amax[g] <= 1e-35f;
+    inverses[g] = finite && !tiny ? 127.0f / amax[g] : 0.0f;
+    amax[g] = !finite ? NAN : tiny ? 0.0f : amax[g] / 127.0f;
+  }
+  for (int64_t s = 0, g = 0; s < row.num_segments; ++g) {
+    const float scale = amax[g];
+    for (const int64_t last = at_most(s + per_group, row.num_segments); s < last; ++s) {
+      const int64_t begin = s * row.segment, end = at_most(begin + row.segment, row.k);
       int32_t total = 0;
-      for (int64_t i = j * row.segment; i < to; ++i) total += codes[i];
-      scales[j] = scale;
-      code_sums[j] = total;
-      sums[j] = scale * (float)total;
+      if (scale == scale) {
+        total = write_codes(y, begin, end, inverses[g], codes);
+      } else {
+        memset(codes + begin, 0, static_cast<size_t>(end - begin));
+      }
+      scales[s] = scale;
+      code_sums[s] = total;
+      sums[s] = scale * static_cast<float>(total);
     }
   }
   memset(codes + row.k, 0, 16);
@@ -148,7 +173,7 @@ void prepare_row(const LinearState& state, const float* x, float* temp, uint8_t*
       break;
     }
     case RowType::INT8:
-      quantize(row, y, record);
+      quantize(row, y, temp + (k + 31) / 16 * 16, record);
       break;
   }
 }

@@ -41,9 +41,19 @@ PLL_INLINE vf u4_decode(vi w) {
              : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, SHIFT), table)};
 }
-// Integral floats in [-127, 127] to 16 bytes.
-PLL_INLINE void vstore_i8(int8_t* p, vf a) {
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+// To the nearest integers, ties to even.
+PLL_INLINE vi vi_round(vf a) { return {_mm512_cvtps_epi32(a.v)}; }
+PLL_INLINE vi vi_add(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+PLL_INLINE vi vi_max(vi a, vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
+// |a|'s bits, which order as the numbers do; infinity and NaN come last.
+PLL_INLINE vi vi_abs_bits(vf a) {
+  return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+}
+PLL_INLINE int32_t vi_reduce_add(vi a) { return _mm512_reduce_add_epi32(a.v); }
+PLL_INLINE int32_t vi_reduce_max(vi a) { return _mm512_reduce_max_epi32(a.v); }
+// Integers in [-127, 127] to 16 bytes.
+PLL_INLINE void vi_store_i8(int8_t* p, vi a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));
 }
 
 #elif PLL_ISA == PLL_ISA_AVX2
@@ -95,9 +105,33 @@ template <int SHIFT, bool SIGNED>
 PLL_INLINE vf u4_decode(vi w) {
   return {u4_decode_half<SHIFT, SIGNED>(w.lo), u4_decode_half<SHIFT, SIGNED>(w.hi)};
 }
-PLL_INLINE void vstore_i8(int8_t* p, vf a) {
+PLL_INLINE vi vi_round(vf a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+PLL_INLINE vi vi_add(vi a, vi b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+PLL_INLINE vi vi_max(vi a, vi b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+PLL_INLINE vi vi_abs_bits(vf a) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_and_si256(_mm256_castps_si256(a.lo), mask),
+          _mm256_and_si256(_mm256_castps_si256(a.hi), mask)};
+}
+PLL_INLINE int32_t vi_reduce_add(vi a) {
+  const __m256i x = _mm256_add_epi32(a.lo, a.hi);
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+PLL_INLINE int32_t vi_reduce_max(vi a) {
+  const __m256i x = _mm256_max_epi32(a.lo, a.hi);
+  __m128i y = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+PLL_INLINE void vi_store_i8(int8_t* p, vi a) {
   // Packing works within 128-bit halves: words 0-3 8-11 4-7 12-15, put right at the end.
-  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+  const __m256i words = _mm256_packs_epi32(a.lo, a.hi);
   const __m256i order = _mm256_permute4x64_epi64(words, 0xd8);
   const __m256i bytes = _mm256_packs_epi16(order, order);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(bytes, 0xd8)));
@@ -167,9 +201,41 @@ PLL_INLINE vf u4_decode(vi w) {
   }
   return r;
 }
-PLL_INLINE void vstore_i8(int8_t* p, vf a) {
+PLL_INLINE vi vi_round(vf a) {
+  const vf whole = vround(a);
+  vi r;
+  PLL_EACH r.v[i] = __builtin_convertvector(whole.v[i], i4);
+  return r;
+}
+PLL_INLINE vi vi_add(vi a, vi b) {
+  PLL_EACH a.v[i] += b.v[i];
+  return a;
+}
+PLL_INLINE vi vi_max(vi a, vi b) {
   PLL_EACH {
-    const b4 bytes = __builtin_convertvector(__builtin_convertvector(a.v[i], i4), b4);
+    const i4 greater = a.v[i] > b.v[i];
+    a.v[i] = (a.v[i] & greater) | (b.v[i] & ~greater);
+  }
+  return a;
+}
+PLL_INLINE vi vi_abs_bits(vf a) {
+  vi r;
+  PLL_EACH r.v[i] = (i4)((u4)a.v[i] & splat_bits(0x7fffffffu));
+  return r;
+}
+PLL_INLINE int32_t vi_reduce_add(vi a) {
+  const i4 x = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+PLL_INLINE int32_t vi_reduce_max(vi a) {
+  const vi x = vi_max(a, vi{{a.v[1], a.v[0], a.v[3], a.v[2]}});
+  const i4 y = vi_max(x, vi{{x.v[2], x.v[3], x.v[0], x.v[1]}}).v[0];
+  const int32_t even = y[0] > y[2] ? y[0] : y[2], odd = y[1] > y[3] ? y[1] : y[3];
+  return even > odd ? even : odd;
+}
+PLL_INLINE void vi_store_i8(int8_t* p, vi a) {
+  PLL_EACH {
+    const b4 bytes = __builtin_convertvector(a.v[i], b4);
     memcpy(p + 4 * i, &bytes, 4);
   }
 }

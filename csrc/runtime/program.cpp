@@ -7,9 +7,10 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <utility>
+
+#include "pyllmlite/memory.h"
 
 namespace pyllmlite {
 namespace {
@@ -40,26 +41,13 @@ size_t dtype_bytes(int32_t dtype) {
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<void, FreeDeleter>;
-
-Memory allocate(size_t bytes) {
-  bytes = round_up(bytes < 64 ? 64 : bytes, 64);
-  void* p = std::aligned_alloc(64, bytes);
-  if (p == nullptr) throw std::bad_alloc();
-  std::memset(p, 0, bytes);
-  return Memory(p);
-}
-
 struct Buffer {
   std::string name;
   pll_tensor tensor;
   int64_t rows;       // as given
   int owner;          // index of the buffer whose memory this is; itself: own; -1: external
   size_t bytes = 0;   // of own memory: the largest of all its names
-  Memory memory;
+  std::shared_ptr<void> memory;
   std::shared_ptr<void> keep;
 };
 
@@ -113,7 +101,7 @@ struct Program::Impl {
   bool finished = false;
   bool profiling = false;
   size_t bytes = 0;
-  Memory scratch;
+  std::shared_ptr<void> scratch;
   std::unique_ptr<Counters[]> counters;
   std::unique_ptr<Thread[]> threads;
 
@@ -309,7 +297,7 @@ void Program::finish() {
   for (size_t i = 0; i < impl.buffers.size(); ++i) {
     Buffer& buffer = impl.buffers[i];
     if (buffer.owner != static_cast<int>(i)) continue;
-    buffer.memory = allocate(buffer.bytes);
+    buffer.memory = allocate_zeroed(buffer.bytes);
     impl.bytes += buffer.bytes;
   }
   for (Buffer& buffer : impl.buffers) {
@@ -318,7 +306,7 @@ void Program::finish() {
   for (Node& node : impl.nodes) {
     for (int id : node.ids) node.buffers.push_back(impl.buffers[id].tensor);
   }
-  impl.scratch = allocate(scratch * num_threads);
+  impl.scratch = allocate_zeroed(scratch * num_threads);
   impl.bytes += scratch * num_threads;
   impl.counters.reset(new Counters[impl.nodes.size()]());
   impl.threads.reset(new Impl::Thread[num_threads]());
