@@ -61,5 +61,5 @@ int main() {
 #ifndef __SANITIZE_ADDRESS__  // which ends the process instead
   test_too_much();
 #endif
-  return harness::report();
+  return harness::finish();
 }
