@@ -2,124 +2,310 @@
 
     python benchmarks/compare.py pyllmlite=model.gguf \\
         llamacpp=PEERS/llamacpp/bin/python:model-Q4_0.gguf \\
-        openvino=PEERS/openvino/bin/python:model-ov4 --rounds 3 --out benchmarks/results
+        openvino=PEERS/openvino/bin/python:model-ov4 \\
+        vllm=PEERS/vllm/bin/python:model --rounds 5 --out benchmarks/results/smollm2
 
-Each engine is ``name=[python:]model``; its adapter is ``engines/NAME_engine.py``, its python one
-where the engine is installed (without: this one).  Every round starts each engine once, one after
-the other (A B A B), and takes every metric once.  Prints the medians with their spread and the
-ratio to the best peer; ``--out`` gets ``compare.json`` and a plot.
+Each engine is ``name=[python:]model``; its adapter is ``engines/NAME_engine.py`` (``NAME-label``
+takes NAME's, for a second one of a kind), its python one where the engine is installed (without:
+this one).  All are loaded, each in a process of its own with as many CPUs as threads, and all but
+the one being timed are stopped.  Every round takes every metric of every engine in turn, so that
+what a machine does from minute to minute meets all alike; the order of engines moves on by one
+every round.  Memory bandwidth is measured between any two measurements: the limits are drawn with
+what it was then.
+
+``--out`` gets ``compare.json``, written after each measurement: started again with the same
+words, a run goes on where it ended.  An engine that fails, or takes longer than ``--timeout`` for a
+measurement, is a line below the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import statistics
+import os
+import queue
+import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from workload import measure, warm_up
+from compare_report import plot, summary, table
+from limits import METRICS, tokens_of
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-METRICS = "decode_b1,decode_b4,decode_b16,decode_b32,prefill,mixed"
+from pyllmlite import _native
+from pyllmlite.sizing import last_level_cache, measure_machine
+from pyllmlite.sizing.machine import LEAST_ARRAY
+
 HERE = Path(__file__).resolve().parent
+READ_SECONDS = 0.15
+SETTLE_SECONDS = 0.05
 
 
-def worker(arguments: list[str]) -> None:
-    """In the engine's own interpreter: one JSON line a metric."""
-    name, model, threads, metrics, seed = arguments
-    sys.path.insert(0, str(HERE))
-    engine = importlib.import_module(f"engines.{name}_engine").Engine(model, int(threads))
-    wanted = metrics.split(",")
-    warm_up(engine, wanted)
-    for metric in wanted:
-        print(json.dumps([metric, measure(engine, metric, int(seed))]), flush=True)
+class EngineFailed(Exception):
+    """An engine died, said that it failed, or took too long: one line."""
 
 
-def run_engine(name: str, python: str, model: str, args: argparse.Namespace, seed: int) -> dict:
-    command = [python, str(HERE / "compare.py"), "--worker", name, model]
-    command += [str(args.threads), args.metrics, str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SystemExit(f"{name} failed: {last}")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    return dict(json.loads(line) for line in lines)
+class Worker:
+    """An engine's process, stopped unless it is asked something."""
+
+    def __init__(self, name: str, python: str, model: str, threads: int, env: dict[str, str],
+                 log: Path) -> None:
+        self.name, self.log = name, log
+        count = str(threads)
+        limits = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
+        command = [python, str(HERE / "engine_worker.py"), name.partition("-")[0], model, count]
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **limits, **env},
+                start_new_session=True,
+            )
+        self.answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.answers.put(line)
+        self.answers.put("")
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def ask(self, request: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+        """The answer to a request; None: what the engine says once it is loaded."""
+        self._signal(signal.SIGCONT)
+        try:
+            if request is not None:
+                assert self.process.stdin is not None
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+            line = self.answers.get(timeout=timeout)
+        except queue.Empty:
+            raise EngineFailed(f"took longer than {timeout:.0f} s") from None
+        except OSError:
+            line = ""
+        if not line:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            raise EngineFailed(f"ended: {(lines or ['no message'])[-1][:300]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineFailed(answer["error"])
+        time.sleep(SETTLE_SECONDS)  # threads that spin for a while after their work
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def end(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
 
 
-def table(results: dict[str, dict[str, list[float]]], metrics: list[str]) -> str:
-    """Markdown: median (least to most) of tokens per second, and ours over the best peer."""
-    lines = ["| | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
-    for name, by_metric in results.items():
-        cells = []
-        for metric in metrics:
-            values = by_metric[metric]
-            middle = statistics.median(values)
-            cells.append(f"{middle:.0f} ({min(values):.0f} to {max(values):.0f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    peers = [name for name in results if name != "pyllmlite"]
-    if peers and "pyllmlite" in results:
-        cells = []
-        for metric in metrics:
-            best = max(statistics.median(results[name][metric]) for name in peers)
-            cells.append(f"{statistics.median(results['pyllmlite'][metric]) / best:.2f} ×")
-        lines.append("| **over the best peer** | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def busy_seconds() -> float:
+    """CPU seconds that the whole machine has been busy for, stolen time included."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def plot(results: dict[str, dict[str, list[float]]], metrics: list[str], path: Path) -> None:
-    import matplotlib
+def used_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    decode = [m for m in metrics if m.startswith("decode_b")]
-    batches = [int(m.removeprefix("decode_b")) for m in decode]
-    figure, axes = pyplot.subplots(figsize=(6.5, 4))
-    for name, by_metric in results.items():
-        middle = [statistics.median(by_metric[m]) for m in decode]
-        axes.plot(batches, middle, marker="o", label=name, lw=2.5 if name == "pyllmlite" else 1.2)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.set_xlabel("sequences decoded together")
-    axes.set_ylabel("tokens per second")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+class Comparison:
+    """The state of a run, and the file it is kept in."""
+
+    def __init__(self, args: argparse.Namespace, engines: dict[str, tuple[str, str]]) -> None:
+        self.args, self.engines = args, engines
+        self.metrics = args.metrics.split(",")
+        self.out: Path | None = args.out
+        settings = {"engines": {name: model for name, (_, model) in engines.items()}}
+        settings |= {"metrics": self.metrics, "threads": args.threads}
+        self.state: dict[str, Any] = {"settings": settings, "engines": {}, "machine": []}
+        self.state |= {"measurements": [], "failures": []}
+        self.workers: dict[str, Worker] = {}
+        if self.file is not None and self.file.exists() and not args.fresh:
+            old = json.loads(self.file.read_text())
+            if old.get("settings") != settings:
+                raise SystemExit(
+                    f"{self.file} was made with other engines, metrics or threads: "
+                    "--fresh overwrites it"
+                )
+            self.state = old
+        self.pool = _native.ThreadPool(args.threads)
+        self.array = max(LEAST_ARRAY, 4 * last_level_cache())
+
+    @property
+    def file(self) -> Path | None:
+        return None if self.out is None else self.out / "compare.json"
+
+    def save(self) -> None:
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(self.state, indent=1) + "\n")
+        part.replace(self.file)
+
+    def done(self, number: int, metric: str, name: str) -> bool:
+        return any(
+            (one["round"], one["metric"], one["engine"]) == (number, metric, name)
+            for one in self.state["measurements"]
+        )
+
+    def fail(self, name: str, doing: str, error: EngineFailed) -> None:
+        self.state["failures"].append({"engine": name, "doing": doing, "reason": str(error)})
+        worker = self.workers.pop(name, None)
+        if worker is not None:
+            worker.end()
+        self.save()
+
+    def start(self, name: str) -> None:
+        python, model = self.engines[name]
+        env = dict(pair.split("=", 1) for label, pair in self.args.env if label == name)
+        folder = self.out if self.out is not None else Path(self.args.logs)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            worker = Worker(name, python, model, self.args.threads, env, folder / f"{name}.log")
+        except OSError as error:
+            self.fail(name, "starting", EngineFailed(f"{python}: {error.strerror}"))
+            return
+        self.workers[name] = worker
+        try:
+            facts = worker.ask(None, self.args.load_timeout)
+            facts |= worker.ask({"warm_up": self.metrics}, self.args.load_timeout)
+        except EngineFailed as error:
+            self.fail(name, "loading", error)
+            return
+        self.state["engines"][name] = facts
+        self.save()
+
+    def read_bandwidth(self) -> float:
+        return _native.measure_peak("read", self.pool, READ_SECONDS, self.array)
+
+    def measure(self, number: int, metric: str, name: str) -> None:
+        """One measurement, with the bandwidth before and after it and what others did meanwhile."""
+        worker = self.workers[name]
+        before = self.read_bandwidth()
+        busy, used = busy_seconds(), used_seconds(worker.process.pid)
+        start = time.perf_counter()
+        request = {"metric": metric, "seed": number}
+        try:
+            answer = worker.ask(request, self.args.timeout)
+        except EngineFailed as error:
+            self.fail(name, f"{metric}, round {number + 1}", error)
+            return
+        wall = time.perf_counter() - start
+        others = busy_seconds() - busy - (used_seconds(worker.process.pid) - used)
+        capacity = wall * (os.cpu_count() or 1)
+        self.state["engines"][name]["peak_bytes"] = answer["peak_bytes"]
+        self.state["measurements"].append(
+            {
+                "round": number,
+                "metric": metric,
+                "engine": name,
+                "tokens_per_s": answer["tokens_per_s"],
+                "dram_bandwidth": (before + self.read_bandwidth()) / 2,
+                "others": max(0.0, others / capacity),
+            }
+        )
+        self.save()
+
+    def run(self, progress: Progress) -> None:
+        names = list(self.engines)
+        todo = [
+            (number, metric, name)
+            for number in range(self.args.rounds)
+            for metric in self.metrics
+            for name in names[number % len(names) :] + names[: number % len(names)]
+            if not self.done(number, metric, name)
+        ]
+        if not todo:
+            return
+        bar = progress.add_task("", total=len(todo))
+        for name in names:
+            progress.update(bar, description=f"loading {name}")
+            self.start(name)
+        last = -1
+        for number, metric, name in todo:
+            if number != last:
+                machine = asdict(measure_machine(seconds=0.3, pool=self.pool))
+                self.state["machine"].append({"round": number, **machine})
+                last = number
+            progress.update(bar, description=f"round {number + 1}: {metric}, {name}")
+            if name in self.workers:
+                self.measure(number, metric, name)
+            progress.advance(bar)
+
+    def end(self) -> None:
+        for worker in self.workers.values():
+            worker.end()
+
+
+def engine(text: str) -> tuple[str, tuple[str, str]]:
+    name, _, rest = text.partition("=")
+    python, _, model = rest.rpartition(":")
+    if not (HERE / "engines" / f"{name.partition('-')[0]}_engine.py").exists() or not model:
+        known = sorted(p.name.removesuffix("_engine.py") for p in HERE.glob("engines/*_engine.py"))
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not name=[python:]model with a name of {', '.join(known)}"
+        )
+    return name, (python or sys.executable, model)
+
+
+def environment(text: str) -> tuple[str, str]:
+    name, found, pair = text.partition(":")
+    if not found or "=" not in pair:
+        raise argparse.ArgumentTypeError(f"{text!r} is not engine:NAME=value")
+    return name, pair
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2:])
-        return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("engines", nargs="+", metavar="name=[python:]model")
-    parser.add_argument("--metrics", default=METRICS)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one engine's turn")
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("engines", nargs="+", type=engine, metavar="name=[python:]model")
+    parser.add_argument("--metrics", default=METRICS, help="decode_bN, prefill_N, mixed")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds of a measurement")
+    parser.add_argument("--load-timeout", type=float, default=900, help="loading, first use")
+    parser.add_argument("--env", type=environment, action="append", default=[],
+                        metavar="engine:NAME=value", help="of one engine's process")
+    parser.add_argument("--out", type=Path, help="folder for compare.json, plot and logs")
+    parser.add_argument("--logs", default="build/compare", help="folder for logs without --out")
+    parser.add_argument("--fresh", action="store_true", help="begin anew what --out holds")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args()
-    engines = {}
-    for text in args.engines:
-        name, _, rest = text.partition("=")
-        python, _, model = rest.rpartition(":")
-        engines[name] = (python or sys.executable, model)
-    metrics = args.metrics.split(",")
-    results: dict[str, dict[str, list[float]]] = {n: {m: [] for m in metrics} for n in engines}
-    for number in range(args.rounds):
-        for name, (python, model) in engines.items():
-            print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
-            for metric, value in run_engine(name, python, model, args, number).items():
-                results[name][metric].append(value)
-    print(table(results, metrics))
+    for metric in args.metrics.split(","):
+        tokens_of(metric)  # an unknown one ends here
+    comparison = Comparison(args, dict(args.engines))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+            comparison.run(progress)
+    finally:
+        comparison.end()
+    result = summary(comparison.state)
+    print(json.dumps(result, indent=1) if args.json else table(result))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
-        plot(results, metrics, args.out / "compare.png")
+        (args.out / "compare.md").write_text(table(result) + "\n")
+        plot(result, args.out / "compare.png")
 
 
 if __name__ == "__main__":

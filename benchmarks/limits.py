@@ -111,7 +111,7 @@ def metric_limit(metric: str, parts: list[Part], machine: Machine) -> MetricLimi
 def where_bytes_lie(weight_bytes: float, machine: Machine) -> str:
     """One line: which bandwidth the limit is drawn with, and why."""
     if not machine.cache_bytes:
-        return "The size of the last-level cache is not known: limits are drawn with DRAM's bandwidth."
+        return "The last-level cache's size is not known: limits are drawn with DRAM's bandwidth."
     size = f"{machine.cache_bytes / 1e6:.0f} MB last-level cache"
     weights = f"{weight_bytes / 1e6:.0f} MB of weights"
     if weight_bytes > machine.cache_bytes:

@@ -10,6 +10,10 @@ BATCH_TOKENS = 2048
 SLOTS = 32
 
 
+def version() -> str:
+    return f"llama-cpp-python {llama_cpp.__version__}"
+
+
 class Engine:
     def __init__(self, model: str, threads: int) -> None:
         self._silent = llama_cpp.llama_log_callback(lambda *_: None)  # must outlive the library

@@ -7,6 +7,10 @@ import openvino
 import openvino_genai
 
 
+def version() -> str:
+    return openvino_genai.__version__
+
+
 class Engine:
     def __init__(self, model: str, threads: int) -> None:
         scheduler = openvino_genai.SchedulerConfig()

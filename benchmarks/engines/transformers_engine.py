@@ -3,9 +3,14 @@
 import time
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 PAD = 0
+
+
+def version() -> str:
+    return transformers.__version__
 
 
 class Engine:
