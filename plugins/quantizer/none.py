@@ -16,9 +16,10 @@ from pyllmlite_plugins.quantizer.checks import require_finite
 class Unquantized(Quantizer):
     """Float32 as it is, or rounded to the nearest bfloat16 (ties to even).
 
-    Blocks that a packed format holds exactly (GGUF's Q4_0, Q4_1, Q8_0) are kept.  With dtype
-    f32 their inputs stay floats, so that the logits are those of the dequantized weights; with
-    bf16 the inputs are quantized to int8 per row and group, which is what is fast.
+    Blocks that a packed format holds (GGUF's Q4_0 to Q8_0, and the K-quants with their scales
+    rounded to f16) are kept.  With dtype f32 only those it holds exactly are, and their inputs
+    stay floats, so that the logits are those of the dequantized weights; with bf16 the inputs
+    are quantized to int8 per row and group, which is what is fast.
     """
 
     name = "none"

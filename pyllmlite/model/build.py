@@ -311,7 +311,7 @@ def _expected_weight_bytes(
     source: ModelSource, quantizer: Quantizer, shapes: tuple[LinearShape, ...]
 ) -> int:
     bits = sum(s.out_features * s.in_features * quantizer.bits_per_weight(s) for s in shapes)
-    kept = blocks.fits(source.stored_dtype, blocks.GROUP)
+    kept = blocks.is_blocks(source.stored_dtype)
     return min(int(bits / 8), source.weight_bytes) if kept else int(bits / 8)
 
 

@@ -157,14 +157,16 @@ def _keep_blocks(
     source: ModelSource, plan: MatrixPlan, quantizer: Quantizer
 ) -> PackedMatrix | None:
     """The matrix in the blocks it is stored in; None where that cannot be or is not wanted: its
-    parts have different types, or a type that no packed format holds exactly."""
+    parts have different types, or a type that no packed format holds (exactly, for f32)."""
     columns = plan.shape.in_features
     stored: list[MappedTensor] = []
     for part in plan.parts:
         tensor = source.raw(part.name)
         if tensor is None or tensor.shape != (part.rows, columns):
             return None
-        if stored and tensor.dtype != stored[0].dtype or not blocks.fits(tensor.dtype, columns):
+        if stored and tensor.dtype != stored[0].dtype:
+            return None
+        if not blocks.fits(tensor.dtype, columns, exact=quantizer.needs.dtype == "f32"):
             return None
         stored.append(tensor)
     result: PackedMatrix | None = None
