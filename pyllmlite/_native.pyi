@@ -60,6 +60,9 @@ class Program:
         """An external tensor (weights, KV), kept alive; ``dtype`` says what uint16 bits mean."""
     def share_buffer(self, name: str, other: int, width: int) -> int:
         """A second name for the memory of buffer ``other`` (lifetimes do not overlap)."""
+    def column_view(self, name: str, other: int, first: int, width: int) -> int:
+        """Columns ``first`` to ``first + width - 1`` of buffer ``other``, for ops that write parts
+        of its rows."""
     def add_op(self, op: Op, buffers: Sequence[int], name: str) -> int: ...
     def add_python_op(
         self, function: Callable[..., None], buffers: Sequence[int], name: str
@@ -203,13 +206,25 @@ class PackedLinear:
         mins: np.ndarray | None = None,
         group_size: int = 0,
         gated: bool = False,
+        zero_points: np.ndarray | None = None,
+        codebook: np.ndarray | None = None,
     ) -> None:
         """``format``: f32, bf16 (values float32, or uint16 bf16 bits), int8 (int8), int4 (uint8
-        0..15).  ``scales``, ``mins``: float16 ``[n, groups]``."""
+        0..15), codebook4 (uint8 0..15, with ``codebook`` float32 ``[16]``).  ``scales``: float16 or
+        float32 ``[n, groups]``; ``mins`` or ``zero_points`` likewise, in the scales' type."""
     @staticmethod
     def empty(
-        format: str, n: int, k: int, group_size: int = 0, mins: bool = False, gated: bool = False
-    ) -> PackedLinear: ...
+        format: str,
+        n: int,
+        k: int,
+        group_size: int = 0,
+        mins: bool = False,
+        gated: bool = False,
+        wide_scales: bool = False,
+        zero_points: bool = False,
+        codebook: np.ndarray | None = None,
+    ) -> PackedLinear:
+        """Zeros, to be filled by ``set_rows``; ``wide_scales``: float32."""
     def set_rows(
         self,
         first: int,
@@ -217,7 +232,8 @@ class PackedLinear:
         scales: np.ndarray | None = None,
         mins: np.ndarray | None = None,
     ) -> None:
-        """Pack some rows (before gating), so that a big matrix is never held twice."""
+        """Pack some rows (before gating), so that a big matrix is never held twice.  ``mins``:
+        zero points, where the matrix has those."""
     @property
     def format(self) -> str: ...
     @property
@@ -257,7 +273,11 @@ def linear(
     logit_rows: bool = False,
     softcap: float = 0.0,
     output_scale: float = 1.0,
-) -> Op: ...
+    multiply: bool = False,
+    outlier_threshold: float = 0.0,
+) -> Op:
+    """``csrc/include/pyllmlite/ops.h`` has what is computed."""
+
 def norm(norm: NormArgs, width: int, residual: bool = False) -> Op: ...
 def embed(
     table: PackedLinear,

@@ -117,7 +117,10 @@ pll_tensor tensor_of(const py::array& array, const std::string& dtype_name,
 py::array view_of(const pll_tensor& tensor, int64_t rows, py::handle base, bool writable) {
   std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.ndim);
   if (!shape.empty()) shape[0] = rows;
-  py::array array(numpy_dtype(tensor.dtype), std::move(shape), tensor.data, base);
+  const py::dtype dtype = numpy_dtype(tensor.dtype);
+  std::vector<py::ssize_t> strides;
+  for (int32_t i = 0; i < tensor.ndim; ++i) strides.push_back(tensor.stride[i] * dtype.itemsize());
+  py::array array(dtype, std::move(shape), std::move(strides), tensor.data, base);
   if (!writable) {
     py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
   }

@@ -128,13 +128,14 @@ PyOp linear(const PyPackedLinear& weight, const std::optional<NormArgs>& norm,
             const OptionalIndices& input_permutation, const OptionalFloats& input_scale,
             bool int8_activations, int64_t activation_group, const OptionalFloats& bias,
             const std::string& activation, bool gated, bool residual, bool logit_rows,
-            float softcap, float output_scale) {
+            float softcap, float output_scale, bool multiply, float outlier_threshold) {
   const int64_t n = weight.weight.n, k = weight.weight.k;
   if (gated != weight.gated) {
     throw py::value_error(gated ? "a gated linear needs a weight that was packed with gated=True"
                                 : "this weight was packed with gated=True");
   }
   if (activation_group < 0) throw py::value_error("activation_group must be at least 0");
+  if (residual && multiply) throw py::value_error("residual and multiply exclude each other");
   Inputs inputs;
   LinearSpec spec;
   spec.weight = weight.weight;
@@ -157,6 +158,8 @@ PyOp linear(const PyPackedLinear& weight, const std::optional<NormArgs>& norm,
   spec.activation = activation_from_name(activation);
   spec.gated = gated;
   spec.residual = residual;
+  spec.multiply = multiply;
+  spec.outlier_threshold = outlier_threshold;
   spec.logit_rows = logit_rows;
   spec.softcap = softcap;
   spec.output_scale = output_scale;
@@ -263,7 +266,8 @@ void bind_ops(py::module_& m) {
         py::arg("int8_activations") = false, py::arg("activation_group") = 0,
         py::arg("bias") = none, py::arg("activation") = "none", py::arg("gated") = false,
         py::arg("residual") = false, py::arg("logit_rows") = false, py::arg("softcap") = 0.0f,
-        py::arg("output_scale") = 1.0f);
+        py::arg("output_scale") = 1.0f, py::arg("multiply") = false,
+        py::arg("outlier_threshold") = 0.0f);
   m.def("norm", &norm, py::arg("norm"), py::arg("width"), py::arg("residual") = false);
   m.def("embed", &embed, py::arg("table"), py::arg("scale") = 1.0f,
         py::arg("position_table") = none, py::arg("position_offset") = 0);

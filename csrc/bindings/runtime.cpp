@@ -274,6 +274,12 @@ void bind_runtime(py::module_& m) {
           },
           py::arg("name"), py::arg("other"), py::arg("width"))
       .def(
+          "column_view",
+          [](PyProgram& p, const std::string& name, int other, int64_t first, int64_t width) {
+            return p.program.column_view(name, other, first, width);
+          },
+          py::arg("name"), py::arg("other"), py::arg("first"), py::arg("width"))
+      .def(
           "add_op", &PyProgram::add_op, py::arg("op"), py::arg("buffers"), py::arg("name"))
       .def("add_python_op", &PyProgram::add_python_op, py::arg("function"), py::arg("buffers"),
            py::arg("name"))

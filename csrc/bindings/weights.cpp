@@ -12,13 +12,16 @@ namespace pyllmlite::bindings {
 namespace {
 
 using OptionalArray = std::optional<py::array>;
+using Codebook = std::optional<py::array_t<float, py::array::c_style | py::array::forcecast>>;
 
 WeightFormat format_from_name(const std::string& name) {
   if (name == "f32") return WeightFormat::F32;
   if (name == "bf16") return WeightFormat::BF16;
   if (name == "int8") return WeightFormat::INT8;
   if (name == "int4") return WeightFormat::INT4;
-  throw py::value_error("unknown weight format '" + name + "'; known: f32, bf16, int8, int4");
+  if (name == "codebook4") return WeightFormat::CODEBOOK4;
+  throw py::value_error("unknown weight format '" + name +
+                        "'; known: f32, bf16, int8, int4, codebook4");
 }
 
 const char* format_name(WeightFormat format) {
@@ -29,13 +32,11 @@ const char* format_name(WeightFormat format) {
       return "bf16";
     case WeightFormat::INT8:
       return "int8";
+    case WeightFormat::CODEBOOK4:
+      return "codebook4";
     default:
       return "int4";
   }
-}
-
-bool has_scales(const PackedLinear& w) {
-  return w.format == WeightFormat::INT8 || w.format == WeightFormat::INT4;
 }
 
 int64_t num_groups(const PackedLinear& w) {
@@ -43,7 +44,8 @@ int64_t num_groups(const PackedLinear& w) {
 }
 
 PyPackedLinear empty(const std::string& format, int64_t n, int64_t k, int64_t group_size,
-                     bool mins, bool gated) {
+                     bool mins, bool gated, bool wide_scales, bool zero_points,
+                     const Codebook& codebook) {
   PyPackedLinear p;
   p.weight.format = format_from_name(format);
   if (n < 1 || k < 1 || n > INT32_MAX || k > INT32_MAX) {
@@ -59,19 +61,29 @@ PyPackedLinear empty(const std::string& format, int64_t n, int64_t k, int64_t gr
   p.weight.k = k;
   p.weight.group_size = group_size;
   p.gated = gated;
-  if (mins && !has_scales(p.weight)) throw py::value_error("weights in " + format + " have no mins");
+  const bool is_codebook = p.weight.format == WeightFormat::CODEBOOK4;
+  if ((mins || zero_points) && (!has_groups(p.weight.format) || is_codebook)) {
+    throw py::value_error("weights in " + format + " have no mins");
+  }
+  if (is_codebook != codebook.has_value() || (codebook && codebook->size() != 16)) {
+    throw py::value_error("codebook4, and no other format, needs a codebook of 16 values");
+  }
+  if (codebook) std::copy(codebook->data(), codebook->data() + 16, p.weight.codebook);
   const PackedSize size = packed_size(p.weight.format, n, k, group_size, gated);
   p.data = allocate_zeroed(size.data_bytes);
   p.weight.data = p.data.get();
   p.nbytes = size.data_bytes;
-  if (has_scales(p.weight)) {
-    p.scales = allocate_zeroed(size.num_scales * 2);
-    p.weight.scales = static_cast<const uint16_t*>(p.scales.get());
-    p.nbytes += size.num_scales * 2;
-    if (mins) {
-      p.mins = allocate_zeroed(size.num_scales * 2);
-      p.weight.mins = static_cast<const uint16_t*>(p.mins.get());
-      p.nbytes += size.num_scales * 2;
+  if (has_groups(p.weight.format)) {
+    const size_t bytes = size.num_scales * (wide_scales ? 4 : 2);
+    p.weight.wide_scales = wide_scales;
+    p.weight.zero_points = zero_points;
+    p.scales = allocate_zeroed(bytes);
+    p.weight.scales = p.scales.get();
+    p.nbytes += bytes;
+    if (mins || zero_points) {
+      p.mins = allocate_zeroed(bytes);
+      p.weight.mins = p.mins.get();
+      p.nbytes += bytes;
     }
   }
   return p;
@@ -92,19 +104,25 @@ void check_array(const py::array& array, int64_t rows, int64_t columns, const ch
   }
 }
 
-const uint16_t* group_values(const PyPackedLinear& p, const OptionalArray& array, bool wanted,
-                             int64_t rows, const char* what) {
+bool is_wide(const py::array& scales) {
+  return scales.dtype().kind() == 'f' && scales.itemsize() == 4;
+}
+
+const void* group_values(const PyPackedLinear& p, const OptionalArray& array, bool wanted,
+                         int64_t rows, const char* what) {
   if (!wanted) {
     if (array) throw py::value_error(std::string("this matrix has no ") + what);
     return nullptr;
   }
   if (!array) throw py::value_error(std::string("this matrix needs ") + what);
   const char kind = array->dtype().kind();
-  if (array->itemsize() != 2 || (kind != 'f' && kind != 'u')) {
-    throw py::value_error(std::string(what) + " must be float16");
+  const bool half = array->itemsize() == 2 && (kind == 'f' || kind == 'u');
+  if (p.weight.wide_scales ? !is_wide(*array) : !half) {
+    throw py::value_error(std::string(what) + " must be " +
+                          (p.weight.wide_scales ? "float32" : "float16"));
   }
   check_array(*array, rows, num_groups(p.weight), what);
-  return static_cast<const uint16_t*>(array->data());
+  return array->data();
 }
 
 void set_rows(PyPackedLinear& p, int64_t first, const py::array& values,
@@ -123,7 +141,8 @@ void set_rows(PyPackedLinear& p, int64_t first, const py::array& values,
   const bool bf16_bits = w.format == WeightFormat::BF16 && kind == 'u' && bytes == 2;
   const bool fits = (is_float && kind == 'f' && bytes == 4) || bf16_bits ||
                     (w.format == WeightFormat::INT8 && kind == 'i' && bytes == 1) ||
-                    (w.format == WeightFormat::INT4 && kind == 'u' && bytes == 1);
+                    (has_groups(w.format) && w.format != WeightFormat::INT8 && kind == 'u' &&
+                     bytes == 1);
   if (!fits) {
     throw py::value_error(std::string("values for ") + format_name(w.format) + " must be " +
                           (w.format == WeightFormat::F32    ? "float32"
@@ -132,17 +151,18 @@ void set_rows(PyPackedLinear& p, int64_t first, const py::array& values,
                                                             : "uint8") +
                           ", got " + py::str(values.dtype()).cast<std::string>());
   }
-  const uint16_t* scale_bits = group_values(p, scales, w.scales != nullptr, count, "scales");
-  const uint16_t* min_bits = group_values(p, mins, w.mins != nullptr, count, "mins");
+  const void* scale_bits = group_values(p, scales, w.scales != nullptr, count, "scales");
+  const void* min_bits = group_values(p, mins, w.mins != nullptr, count,
+                                      w.zero_points ? "zero_points" : "mins");
   auto* data = static_cast<uint8_t*>(p.data.get());
-  auto* scales_out = static_cast<uint16_t*>(p.scales.get());
-  auto* mins_out = static_cast<uint16_t*>(p.mins.get());
+  void* scales_out = p.scales.get();
+  void* mins_out = p.mins.get();
   const void* source = values.data();
 
   py::gil_scoped_release release;
   if (!bf16_bits) {
     pack_rows(w.format, w.n, w.k, w.group_size, p.gated, first, count, source, scale_bits,
-              min_bits, data, scales_out, mins_out);
+              min_bits, data, scales_out, mins_out, w.wide_scales);
     return;
   }
   // The packer reads floats: widen a few rows at a time.
@@ -162,11 +182,13 @@ void set_rows(PyPackedLinear& p, int64_t first, const py::array& values,
 
 PyPackedLinear pack(const std::string& format, const py::array& values,
                     const OptionalArray& scales, const OptionalArray& mins, int64_t group_size,
-                    bool gated) {
+                    bool gated, const OptionalArray& zero_points, const Codebook& codebook) {
   if (values.ndim() != 2) throw py::value_error("values must have two dimensions");
-  PyPackedLinear p = empty(format, values.shape(0), values.shape(1), group_size,
-                           mins.has_value(), gated);
-  set_rows(p, 0, values, scales, mins);
+  if (mins && zero_points) throw py::value_error("mins and zero_points exclude each other");
+  PyPackedLinear p =
+      empty(format, values.shape(0), values.shape(1), group_size, mins.has_value(), gated,
+            scales && is_wide(*scales), zero_points.has_value(), codebook);
+  set_rows(p, 0, values, scales, zero_points ? zero_points : mins);
   return p;
 }
 
@@ -189,9 +211,12 @@ py::array_t<float> unpack(const PyPackedLinear& p, int64_t first, std::optional<
 void bind_weights(py::module_& m) {
   py::class_<PyPackedLinear>(m, "PackedLinear")
       .def(py::init(&pack), py::arg("format"), py::arg("values"), py::arg("scales") = py::none(),
-           py::arg("mins") = py::none(), py::arg("group_size") = 0, py::arg("gated") = false)
+           py::arg("mins") = py::none(), py::arg("group_size") = 0, py::arg("gated") = false,
+           py::arg("zero_points") = py::none(), py::arg("codebook") = py::none())
       .def_static("empty", &empty, py::arg("format"), py::arg("n"), py::arg("k"),
-                  py::arg("group_size") = 0, py::arg("mins") = false, py::arg("gated") = false)
+                  py::arg("group_size") = 0, py::arg("mins") = false, py::arg("gated") = false,
+                  py::arg("wide_scales") = false, py::arg("zero_points") = false,
+                  py::arg("codebook") = py::none())
       .def("set_rows", &set_rows, py::arg("first"), py::arg("values"),
            py::arg("scales") = py::none(), py::arg("mins") = py::none())
       .def_property_readonly("format",

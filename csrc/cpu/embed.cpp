@@ -5,53 +5,21 @@
 #include <stdexcept>
 
 #include "cpu/buffers.h"
-#include "simd.h"
+#include "unpack.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
 
 struct Embed {
   EmbedSpec spec;
-  int64_t panel_bytes;
-  int64_t group;
-  int64_t num_groups;
 };
 
 // out[i] = scale * table[row][i] + (position ? position[i] : 0)
 void gather(const Embed& op, int64_t row, const float* position, float* out) {
   const PackedLinear& t = op.spec.table;
   const float scale = op.spec.scale;
-  const int64_t lane = row % 16;
-  const uint8_t* panel = static_cast<const uint8_t*>(t.data) + row / 16 * op.panel_bytes;
-  switch (t.format) {
-    case WeightFormat::F32: {
-      const float* from = reinterpret_cast<const float*>(panel) + lane;
-      for (int64_t i = 0; i < t.k; ++i) out[i] = scale * from[i * 16];
-      break;
-    }
-    case WeightFormat::BF16: {
-      const uint16_t* from = reinterpret_cast<const uint16_t*>(panel) + lane * 2;
-      for (int64_t i = 0; i < t.k; ++i) out[i] = scale * bf16_to_f32(from[i / 2 * 32 + i % 2]);
-      break;
-    }
-    case WeightFormat::INT8:
-    case WeightFormat::INT4: {
-      const bool int4 = t.format == WeightFormat::INT4;
-      const uint8_t* from = panel + lane * 4;
-      for (int64_t g = 0; g < op.num_groups; ++g) {
-        const int64_t at = (row / 16 * op.num_groups + g) * 16 + lane;
-        const float step = f16_to_f32(t.scales[at]);
-        const float min = t.mins ? f16_to_f32(t.mins[at]) : int4 ? -8.0f * step : 0.0f;
-        const int64_t end = (g + 1) * op.group < t.k ? (g + 1) * op.group : t.k;
-        for (int64_t i = g * op.group; i < end; ++i) {
-          const int code = int4 ? (from[i / 8 * 64 + (i & 3)] >> (i & 4)) & 15
-                                : static_cast<int8_t>(from[i / 4 * 64 + (i & 3)]);
-          out[i] = scale * (step * static_cast<float>(code) + min);
-        }
-      }
-      break;
-    }
-  }
+  unpack_lane(t, row / 16, row % 16, out);
+  for (int64_t i = 0; i < t.k; ++i) out[i] = scale * out[i];
   if (position) {
     for (int64_t i = 0; i < t.k; ++i) out[i] = out[i] + position[i];
   }
@@ -95,19 +63,12 @@ void destroy_embed(void* state) { free(state); }
 pll_op make_embed(const EmbedSpec& spec) {
   const PackedLinear& t = spec.table;
   if (t.n <= 0 || t.k <= 0 || !t.data) throw std::invalid_argument("embed: empty table");
-  const bool quantized = t.format == WeightFormat::INT8 || t.format == WeightFormat::INT4;
-  if (quantized && !t.scales) throw std::invalid_argument("embed: int8 and int4 need scales");
+  if (has_groups(t.format) && !t.scales) {
+    throw std::invalid_argument("embed: codes need scales");
+  }
   Embed* embed = static_cast<Embed*>(calloc(1, sizeof(Embed)));
   if (!embed) throw std::runtime_error("embed: out of memory");
   embed->spec = spec;
-  switch (t.format) {
-    case WeightFormat::F32: embed->panel_bytes = t.k * 64; break;
-    case WeightFormat::BF16: embed->panel_bytes = (t.k + 1) / 2 * 64; break;
-    case WeightFormat::INT8: embed->panel_bytes = (t.k + 3) / 4 * 64; break;
-    case WeightFormat::INT4: embed->panel_bytes = (t.k + 7) / 8 * 64; break;
-  }
-  embed->group = t.group_size == 0 || t.group_size >= t.k ? t.k : t.group_size;
-  embed->num_groups = (t.k + embed->group - 1) / embed->group;
   pll_op op{};
   op.abi_version = PLL_ABI_VERSION;
   op.struct_size = sizeof(pll_op);

@@ -11,6 +11,7 @@
 
 #include "cpu/buffers.h"
 #include "linear_impl.h"
+#include "linear_outliers.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
@@ -95,6 +96,7 @@ void write_row(const LinearSpec& spec, const float* acc, int64_t first, int64_t 
     }
     float* to = out + column;
     if (spec.residual) v = vadd(vload_n(to, count), v);
+    if (spec.multiply) v = vmul(vload_n(to, count), v);
     if (count == 16) {
       vstore(to, v);
     } else {
@@ -152,11 +154,14 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
   constexpr int64_t STRIDE = TILE_WIDTH * 16;
   memset(acc, 0, static_cast<size_t>(num_rows * STRIDE) * sizeof(float));
   const int64_t k_block = num_groups > 1 ? s.k_block : s.row.k;
-  const bool stream = s.segment_bytes > 0 && num_rows <= STREAM_ROWS;
+  // Float rows of few weights wait for their own sums, which several panels hide.
+  const bool float_rows = s.row.type != RowType::INT8;
+  const bool stream = !float_rows && num_rows <= STREAM_ROWS;
   TileArgs args;
   args.panel_bytes = s.panel_bytes;
   args.panel_scales = s.panel_scales;
   args.row = &s.row;
+  args.packed = &weight;
   args.acc_stride = STRIDE;
   for (int64_t k = 0; k < s.row.k; k += k_block) {
     args.k0 = k;
@@ -164,11 +169,11 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
     for (int64_t p = 0; p < panels;) {
       const int64_t left = panels - p;
       int kind = left >= TILE_PANELS && !stream;
-      if (s.segment_bytes == 0 && num_rows <= WIDE_ROWS && left >= WIDE_PANELS) kind = 2;
+      if (float_rows && num_rows <= WIDE_ROWS && left >= WIDE_PANELS) kind = 2;
       const int64_t width = kind == 2 ? WIDE_PANELS : kind == 1 ? TILE_PANELS : 1;
       args.weight = static_cast<const uint8_t*>(weight.data) + (first + p) * s.panel_bytes;
-      args.scales = weight.scales + (first + p) * s.panel_scales;
-      args.mins = weight.mins ? weight.mins + (first + p) * s.panel_scales : nullptr;
+      args.scales = scales_at(weight, weight.scales, (first + p) * s.panel_scales);
+      args.mins = scales_at(weight, weight.mins, (first + p) * s.panel_scales);
       args.acc = acc + p * 16;
       for (int64_t g = 0; g < num_groups; ++g) {
         // The first rows bring the weights; for those behind them `ahead` is what is there.
@@ -179,6 +184,11 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
       }
       p += width;
     }
+  }
+  if (s.row.outliers_at == 0) return;
+  for (int64_t g = 0; g < num_groups; ++g) {
+    add_outliers(s, groups[g].rows, groups[g].count, first, panels, acc, STRIDE);
+    acc += groups[g].count * STRIDE;
   }
 }
 
@@ -221,7 +231,7 @@ void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers
   float* acc = reinterpret_cast<float*>(scratch + s.acc_at);
 
   const bool local =
-      rows * s.row.bytes <= LOCAL_BYTES &&
+      rows <= s.local_rows &&
       (threads == 1 || (rows * s.row.k <= LOCAL_VALUES && !overlap(x, out, batch->num_tokens)));
   const int64_t slice = local ? rows : round_up((rows + threads - 1) / threads, s.max_rows);
   if (!local && (slice > s.slice_rows || threads > s.num_slices)) {
@@ -281,8 +291,8 @@ size_t linear_scratch(void* pointer, int32_t max_num_tokens, int32_t num_threads
   s.slices = static_cast<const uint8_t**>(calloc(static_cast<size_t>(num_threads), sizeof(void*)));
   s.num_slices = s.slices ? num_threads : 0;
   s.slice_rows = round_up((max_num_tokens + num_threads - 1) / num_threads, s.max_rows);
-  const int64_t bytes = s.slice_rows * s.row.bytes;
-  return static_cast<size_t>(s.rows_at + (bytes > LOCAL_BYTES ? bytes : LOCAL_BYTES));
+  const int64_t rows = s.slice_rows > s.local_rows ? s.slice_rows : s.local_rows;
+  return static_cast<size_t>(s.rows_at + rows * s.row.bytes);
 }
 
 void destroy_linear(void* pointer) {
@@ -326,7 +336,7 @@ void set_layout(LinearState* s) {
   const LinearSpec& spec = s->spec;
   const PackedLinear& w = spec.weight;
   const int64_t k = w.k;
-  const bool quantized = w.format == WeightFormat::INT8 || w.format == WeightFormat::INT4;
+  const bool quantized = has_groups(w.format);
   const int64_t half = spec.gated ? w.n / 2 : w.n;
   s->num_panels = (half + 15) / 16 * (spec.gated ? 2 : 1);
   RowLayout& row = s->row;
@@ -352,6 +362,7 @@ void set_layout(LinearState* s) {
       s->k_block = 1024;
       break;
     case WeightFormat::INT4:
+    case WeightFormat::CODEBOOK4:
       s->panel_bytes = (k + 7) / 8 * 64;
       s->k_block = 1024;
       break;
@@ -385,6 +396,11 @@ void set_layout(LinearState* s) {
   row.code_sum_at = row.scale_at + (row.type == RowType::INT8 ? arrays : 0);
   row.sum_at = row.code_sum_at + (row.type == RowType::INT8 ? arrays : 0);
   row.bytes = round_up(row.sum_at + arrays, 64);
+  s->local_rows = LOCAL_BYTES / row.bytes;  // outliers do not count: few of them are read
+  if (spec.outlier_threshold > 0) {
+    row.outliers_at = row.bytes;
+    row.bytes += outlier_bytes(k);
+  }
   if (row.bytes % 128 == 0) row.bytes += 64;
   s->acc_at = round_up(2 * ((k + 31) / 16 * 16) * 4, 64);
   s->rows_at = s->acc_at + BLOCK_ROWS * TILE_WIDTH * 16 * 4;
@@ -396,9 +412,9 @@ void check(const LinearSpec& spec) {
   if (spec.gated && w.n % 2 != 0) {
     throw std::invalid_argument("linear: gated needs an even number of weight rows");
   }
-  const bool quantized = w.format == WeightFormat::INT8 || w.format == WeightFormat::INT4;
-  if (quantized && !w.scales) throw std::invalid_argument("linear: int8 and int4 need scales");
-  const int64_t unit = w.format == WeightFormat::INT4 ? 8 : 4;
+  const bool quantized = has_groups(w.format);
+  if (quantized && !w.scales) throw std::invalid_argument("linear: codes need scales");
+  const int64_t unit = w.format == WeightFormat::INT8 ? 4 : 8;
   if (quantized && (w.group_size < 0 || (w.group_size < w.k && w.group_size % unit != 0))) {
     throw std::invalid_argument(
         "linear: group_size must be a multiple of 8 (int4) or 4 (int8), or 0");
@@ -406,7 +422,13 @@ void check(const LinearSpec& spec) {
   if (spec.activation_group < 0) {
     throw std::invalid_argument("linear: activation_group must not be negative");
   }
-  if (spec.int8_activations && !quantized) {
+  if (spec.outlier_threshold > 0 &&
+      !(spec.int8_activations && w.format == WeightFormat::INT8 && !w.mins &&
+        (w.group_size == 0 || w.group_size >= w.k))) {
+    throw std::invalid_argument(
+        "linear: outliers need int8 activations and a symmetric int8 weight without groups");
+  }
+  if (spec.int8_activations && (!quantized || w.format == WeightFormat::CODEBOOK4)) {
     throw std::invalid_argument("linear: int8 activations need an int8 or int4 weight");
   }
 }
@@ -425,13 +447,14 @@ pll_op make_linear(const LinearSpec& spec) {
     throw;
   }
   const WeightFormat format = spec.weight.format;
-  const bool quantized = format == WeightFormat::INT8 || format == WeightFormat::INT4;
+  const bool codebook = format == WeightFormat::CODEBOOK4;
   const int panels[3] = {1, TILE_PANELS, WIDE_PANELS};
   for (int rows = 1; rows <= static_cast<int>(linear->state.max_rows); ++rows) {
     for (int i = 0; i < 3; ++i) {
       linear->kernels[rows][i] =
-          quantized ? quant_kernel(format, linear->state.row.type, rows, panels[i])
-                    : float_kernel(format, rows, panels[i]);
+          codebook             ? codebook_kernel(rows, panels[i])
+          : has_groups(format) ? quant_kernel(format, linear->state.row.type, rows, panels[i])
+                               : float_kernel(format, rows, panels[i]);
     }
   }
   pll_op op{};

@@ -4,6 +4,8 @@
 // linear_rows.cpp   phase 1: an input row normed, scaled, permuted and converted ("record")
 // linear_float.cpp  tile kernels of F32 and BF16 weights
 // linear_quant.cpp  tile kernels of INT8 and INT4 weights
+// linear_codebook.cpp  tile kernels of CODEBOOK4 weights
+// linear_outliers.cpp  LLM.int8(): inputs that stay floats
 //
 // Every output element is one chain of operations over ascending columns (of groups, for the
 // quantized formats), lanes running over weight rows: its bits depend on neither the number of
@@ -32,6 +34,7 @@ struct RowLayout {
   int64_t scale_at;                       // bytes from the row's start
   int64_t code_sum_at;
   int64_t sum_at;
+  int64_t outliers_at;  // LLM.int8() only, else 0: see linear_outliers.h
   int64_t bytes;  // an odd multiple of 64, so that rows do not fall on the same cache sets
 };
 
@@ -44,6 +47,7 @@ struct LinearState {
   int64_t segment_bytes; // of a panel; 0: not a quantized format
   int64_t k_block;       // columns per pass over a tile
   int64_t max_rows;      // per register tile, for this format
+  int64_t local_rows;    // that each thread prepares for itself
   int64_t slice_rows;    // prepared rows that fit a thread's scratch
   int64_t acc_at, rows_at;  // bytes from the scratch's start
   const uint8_t** slices;   // [threads] where each thread's rows stand
@@ -57,11 +61,12 @@ void prepare_row(const LinearState& state, const float* x, float* temp, uint8_t*
 struct TileArgs {
   const uint8_t* weight;  // first panel
   int64_t panel_bytes;
-  const uint16_t* scales;  // first panel
-  const uint16_t* mins;
+  const void* scales;  // first panel
+  const void* mins;
   int64_t panel_scales;
   int64_t ahead;         // bytes behind a weight's to ask the memory for early
   int64_t ahead_scales;  // likewise, elements of scales and mins
+  const PackedLinear* packed;
   const RowLayout* row;
   const uint8_t* rows;  // first record
   int64_t k0, k1;
@@ -89,6 +94,7 @@ static constexpr int64_t STREAM_AHEAD = 2048;  // bytes
 // panels: 1, TILE_PANELS, or WIDE_PANELS where rows <= WIDE_ROWS.  Int8 rows: rows <= MAX_INT_ROWS.
 TileKernel float_kernel(WeightFormat format, int rows, int panels);
 TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels);
+TileKernel codebook_kernel(int rows, int panels);
 
 // Table of Kernel<ROWS, PANELS>::run for rows 1..ROWS, for the factories above.
 template <template <int, int> class Kernel, int ROWS>
@@ -108,6 +114,15 @@ template <template <int, int> class Kernel>
 struct KernelTable<Kernel, 0> {
   static TileKernel find(int, int) { return nullptr; }
 };
+
+// 16 scales or mins.
+PLL_INLINE vf load_scales(const PackedLinear& w, const void* table, int64_t at) {
+  return w.wide_scales ? vload(static_cast<const float*>(table) + at)
+                       : vload_f16(static_cast<const uint16_t*>(table) + at);
+}
+PLL_INLINE const void* scales_at(const PackedLinear& w, const void* table, int64_t at) {
+  return table ? static_cast<const char*>(table) + at * (w.wide_scales ? 4 : 2) : nullptr;
+}
 
 PLL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 PLL_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -4,73 +4,10 @@
 // Both sum a segment first, then add it to the output with one multiply-add by the group's scale
 // (and one by its minimum and the segment's sum of inputs), segments ascending.
 
-#include "linear_impl.h"
-#include "simd_int.h"
+#include "linear_segments.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
-
-// Asks for weights, scales and minimums that come later: into the first cache where panels are
-// streamed, into the second where other rows of the tile come before they are used.
-template <int PANELS>
-inline __attribute__((always_inline)) void ask_ahead(const void* p) {
-  if (PANELS == 1) {
-    prefetch(p);
-  } else {
-    prefetch_l2(p);
-  }
-}
-
-struct Segment {
-  int64_t index;
-  int64_t k0, k1;
-  int64_t group;
-};
-
-// Calls body(segment) for the segments of [k0, k1).
-template <class Body>
-inline __attribute__((always_inline)) void each_segment(const TileArgs& a, Body body) {
-  const RowLayout& row = *a.row;
-  int64_t s = a.k0 / row.segment;
-  int64_t group = s / row.segments_per_group;
-  int64_t left = row.segments_per_group - s % row.segments_per_group;
-  for (int64_t k = a.k0; k < a.k1; k += row.segment, ++s) {
-    const int64_t end = k + row.segment < row.k ? k + row.segment : row.k;
-    body(Segment{s, k, end, group});
-    if (--left == 0) {
-      ++group;
-      left = row.segments_per_group;
-    }
-  }
-}
-
-// acc += scale * part (+ min * sum), part already times the row's own scale.
-template <int ROWS, int PANELS>
-inline __attribute__((always_inline)) void add_segment(const TileArgs& a, const Segment& s,
-                                                       const vf (&part)[ROWS][PANELS],
-                                                       const float* row_scale,
-                                                       const float* row_sum) {
-  PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
-    const int64_t at = p * a.panel_scales + s.group * 16;
-    const vf scale = vload_f16(a.scales + at);
-    ask_ahead<PANELS>(a.scales + at + a.ahead_scales);
-    if (a.mins) {
-      ask_ahead<PANELS>(a.mins + at + a.ahead_scales);
-      const vf min = vload_f16(a.mins + at);
-      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-        float* to = a.acc + r * a.acc_stride + p * 16;
-        const vf factor = row_scale ? vmul(scale, vset1(row_scale[r])) : scale;
-        vstore(to, vfma(min, vset1(row_sum[r]), vfma(part[r][p], factor, vload(to))));
-      }
-    } else {
-      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-        float* to = a.acc + r * a.acc_stride + p * 16;
-        const vf factor = row_scale ? vmul(scale, vset1(row_scale[r])) : scale;
-        vstore(to, vfma(part[r][p], factor, vload(to)));
-      }
-    }
-  }
-}
 
 template <int ROWS, int PANELS, bool INT4>
 struct IntKernel {
@@ -129,17 +66,6 @@ struct IntKernel {
     });
   }
 };
-
-// part[r][p] += x[r][k] * code for one column.
-template <int ROWS, int PANELS>
-inline __attribute__((always_inline)) void add_column(vf (&part)[ROWS][PANELS],
-                                                      const vf (&code)[PANELS],
-                                                      const float* const (&x)[ROWS], int64_t k) {
-  PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-    const vf value = vset1(x[r][k]);
-    PLL_UNROLL for (int p = 0; p < PANELS; ++p) part[r][p] = vfma(value, code[p], part[r][p]);
-  }
-}
 
 template <int ROWS, int PANELS, bool INT4, bool SIGNED>
 inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "linear_impl.h"
+#include "linear_outliers.h"
 #include "simd_int.h"
 
 namespace pyllmlite::PLL_NS {
@@ -173,6 +174,7 @@ void prepare_row(const LinearState& state, const float* x, float* temp, uint8_t*
       break;
     }
     case RowType::INT8:
+      if (row.outliers_at != 0) take_outliers(state, y, record);
       quantize(row, y, temp + (k + 31) / 16 * 16, record);
       break;
   }

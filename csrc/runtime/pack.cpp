@@ -9,13 +9,11 @@
 #undef PLL_ISA
 #define PLL_NS packing
 #define PLL_ISA 0
-#include "../cpu/simd.h"
+#include "../cpu/unpack.h"
 
 namespace pyllmlite {
 namespace {
 
-using packing::bf16_to_f32;
-using packing::f16_to_f32;
 using packing::f32_to_bf16;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -25,18 +23,12 @@ int64_t num_panels(int64_t n, bool gated) {
 }
 
 int64_t num_groups(WeightFormat format, int64_t k, int64_t group_size) {
-  if (format == WeightFormat::F32 || format == WeightFormat::BF16) return 0;
+  if (!has_groups(format)) return 0;
   return group_size == 0 || group_size >= k ? 1 : (k + group_size - 1) / group_size;
 }
 
 size_t panel_bytes(WeightFormat format, int64_t k) {
-  switch (format) {
-    case WeightFormat::F32: return static_cast<size_t>(k) * 16 * 4;
-    case WeightFormat::BF16: return static_cast<size_t>(round_up(k, 2)) * 16 * 2;
-    case WeightFormat::INT8: return static_cast<size_t>(round_up(k, 4)) * 16;
-    case WeightFormat::INT4: return static_cast<size_t>(round_up(k, 8)) * 8;
-  }
-  return 0;
+  return static_cast<size_t>(packing::packed_panel_bytes(format, k));
 }
 
 struct Place {
@@ -73,7 +65,8 @@ void put_row(WeightFormat format, int64_t k, const void* values, int64_t row, ui
       for (int64_t i = 0; i < k; ++i) to[i / 4 * 64 + i % 4] = from[i];
       break;
     }
-    case WeightFormat::INT4: {
+    case WeightFormat::INT4:
+    case WeightFormat::CODEBOOK4: {
       const uint8_t* from = static_cast<const uint8_t*>(values) + row * k;
       uint8_t* to = panel + lane * 4;
       for (int64_t i = 0; i < k; i += 8) {
@@ -96,8 +89,9 @@ const char* pack_error(WeightFormat format, int64_t n, int64_t k, int64_t group_
   if (n <= 0 || k <= 0) return "a weight matrix needs at least one row and one column";
   if (gated && n % 2 != 0) return "a gated weight matrix needs an even number of rows";
   if (group_size < 0) return "group_size must not be negative";
-  if (format == WeightFormat::INT4 && group_size % 8 != 0 && group_size < k)
-    return "an int4 group_size must be a multiple of 8 (0: the whole row)";
+  const bool nibbles = format == WeightFormat::INT4 || format == WeightFormat::CODEBOOK4;
+  if (nibbles && group_size % 8 != 0 && group_size < k)
+    return "a 4-bit group_size must be a multiple of 8 (0: the whole row)";
   if (format == WeightFormat::INT8 && group_size % 4 != 0 && group_size < k)
     return "an int8 group_size must be a multiple of 4 (0: the whole row)";
   return nullptr;
@@ -111,62 +105,44 @@ PackedSize packed_size(WeightFormat format, int64_t n, int64_t k, int64_t group_
 }
 
 void pack_rows(WeightFormat format, int64_t n, int64_t k, int64_t group_size, bool gated,
-               int64_t first, int64_t count, const void* values, const uint16_t* scales,
-               const uint16_t* mins, void* data_out, uint16_t* scales_out, uint16_t* mins_out) {
+               int64_t first, int64_t count, const void* values, const void* scales,
+               const void* mins, void* data_out, void* scales_out, void* mins_out,
+               bool wide_scales) {
   const int64_t groups = num_groups(format, k, group_size);
   const int64_t stride = static_cast<int64_t>(panel_bytes(format, k));
+  const int64_t item = wide_scales ? 4 : 2;
+  const auto put = [&](void* to, const void* from, int64_t at, int64_t index) {
+    if (to && from) {
+      std::memcpy(static_cast<char*>(to) + at * item,
+                  static_cast<const char*>(from) + index * item, static_cast<size_t>(item));
+    }
+  };
   for (int64_t r = 0; r < count; ++r) {
     const Place at = place_of(first + r, n, gated);
     put_row(format, k, values, r, static_cast<uint8_t*>(data_out) + at.panel * stride, at.lane);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t to = (at.panel * groups + g) * 16 + at.lane;
-      if (scales_out && scales) scales_out[to] = scales[r * groups + g];
-      if (mins_out && mins) mins_out[to] = mins[r * groups + g];
+      put(scales_out, scales, to, r * groups + g);
+      put(mins_out, mins, to, r * groups + g);
     }
   }
 }
 
 void pack_linear(WeightFormat format, int64_t n, int64_t k, int64_t group_size, bool gated,
-                 const void* values, const uint16_t* scales, const uint16_t* mins, void* data_out,
-                 uint16_t* scales_out, uint16_t* mins_out) {
+                 const void* values, const void* scales, const void* mins, void* data_out,
+                 void* scales_out, void* mins_out, bool wide_scales) {
   const PackedSize size = packed_size(format, n, k, group_size, gated);
+  const size_t item = wide_scales ? 4 : 2;
   std::memset(data_out, 0, size.data_bytes);
-  if (scales_out) std::memset(scales_out, 0, size.num_scales * sizeof(uint16_t));
-  if (mins_out) std::memset(mins_out, 0, size.num_scales * sizeof(uint16_t));
+  if (scales_out) std::memset(scales_out, 0, size.num_scales * item);
+  if (mins_out) std::memset(mins_out, 0, size.num_scales * item);
   pack_rows(format, n, k, group_size, gated, 0, n, values, scales, mins, data_out, scales_out,
-            mins_out);
+            mins_out, wide_scales);
 }
 
 void unpack_row(const PackedLinear& weight, int64_t row, float* out, bool gated) {
-  const int64_t k = weight.k;
-  const int64_t groups = num_groups(weight.format, k, weight.group_size);
-  const int64_t size = groups > 1 ? weight.group_size : k;
   const Place at = place_of(row, weight.n, gated);
-  const uint8_t* panel = static_cast<const uint8_t*>(weight.data) +
-                         at.panel * static_cast<int64_t>(panel_bytes(weight.format, k));
-  if (weight.format == WeightFormat::F32) {
-    const float* from = reinterpret_cast<const float*>(panel) + at.lane;
-    for (int64_t i = 0; i < k; ++i) out[i] = from[i * 16];
-    return;
-  }
-  if (weight.format == WeightFormat::BF16) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(panel) + at.lane * 2;
-    for (int64_t i = 0; i < k; ++i) out[i] = bf16_to_f32(from[i / 2 * 32 + i % 2]);
-    return;
-  }
-  const bool int4 = weight.format == WeightFormat::INT4;
-  const uint8_t* from = panel + at.lane * 4;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t index = (at.panel * groups + g) * 16 + at.lane;
-    const float scale = f16_to_f32(weight.scales[index]);
-    const float min = weight.mins ? f16_to_f32(weight.mins[index]) : int4 ? -8 * scale : 0.0f;
-    const int64_t end = (g + 1) * size < k ? (g + 1) * size : k;
-    for (int64_t i = g * size; i < end; ++i) {
-      const int code = int4 ? (from[i / 8 * 64 + (i & 3)] >> (i & 4)) & 15
-                            : static_cast<int8_t>(from[i / 4 * 64 + i % 4]);
-      out[i] = scale * static_cast<float>(code) + min;
-    }
-  }
+  packing::unpack_lane(weight, at.panel, at.lane, out);
 }
 
 }  // namespace pyllmlite

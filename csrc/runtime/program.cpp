@@ -47,6 +47,7 @@ struct Buffer {
   int64_t rows;       // as given
   int owner;          // index of the buffer whose memory this is; itself: own; -1: external
   size_t bytes = 0;   // of own memory: the largest of all its names
+  size_t offset = 0;  // bytes into the owner's memory
   std::shared_ptr<void> memory;
   std::shared_ptr<void> keep;
 };
@@ -267,6 +268,30 @@ int Program::share_buffer(const std::string& name, int other, int64_t width) {
   return id;
 }
 
+int Program::column_view(const std::string& name, int other, int64_t first, int64_t width) {
+  impl_->check_open();
+  if (other < 0 || other >= num_buffers() || impl_->buffers[other].owner < 0) {
+    throw std::invalid_argument("buffer '" + name + "' cannot be a part of buffer " +
+                                std::to_string(other) + ": it is not a buffer of this Program");
+  }
+  const Buffer& source = impl_->buffers[other];
+  const int64_t columns = source.tensor.shape[1];
+  if (first < 0 || width < 1 || width > columns || first > columns - width) {
+    throw std::invalid_argument("buffer '" + name + "' would be columns " + std::to_string(first) +
+                                " to " + std::to_string(first + width) + " of " +
+                                std::to_string(columns));
+  }
+  Buffer buffer;
+  buffer.name = name;
+  buffer.rows = source.rows;
+  buffer.owner = source.owner;
+  buffer.offset = source.offset + static_cast<size_t>(first) * dtype_bytes(source.tensor.dtype);
+  buffer.tensor = source.tensor;
+  buffer.tensor.shape[1] = width;
+  impl_->buffers.push_back(std::move(buffer));
+  return num_buffers() - 1;
+}
+
 int Program::add_op(OpPtr op, const std::vector<int>& buffers, const std::string& name) {
   if (!op) throw std::invalid_argument("op '" + name + "' is empty");
   Node node;
@@ -301,7 +326,9 @@ void Program::finish() {
     impl.bytes += buffer.bytes;
   }
   for (Buffer& buffer : impl.buffers) {
-    if (buffer.owner >= 0) buffer.tensor.data = impl.buffers[buffer.owner].memory.get();
+    if (buffer.owner < 0) continue;
+    buffer.tensor.data =
+        static_cast<char*>(impl.buffers[buffer.owner].memory.get()) + buffer.offset;
   }
   for (Node& node : impl.nodes) {
     for (int id : node.ids) node.buffers.push_back(impl.buffers[id].tensor);

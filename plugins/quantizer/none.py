@@ -16,10 +16,12 @@ from pyllmlite_plugins.quantizer.checks import require_finite
 class Unquantized(Quantizer):
     """Float32 as it is, or rounded to the nearest bfloat16 (ties to even).
 
-    Blocks that a packed format holds (GGUF's Q4_0 to Q8_0, and the K-quants with their scales
-    rounded to f16) are kept.  With dtype f32 only those it holds exactly are, and their inputs
-    stay floats, so that the logits are those of the dequantized weights; with bf16 the inputs
-    are quantized to int8 per row and group, which is what is fast.
+    A matrix that arrives in codes that a packed format holds (GGUF's Q4_0 to Q8_0, and the K-quants
+    with their scales rounded to f16; GPTQ, AWQ, compressed-tensors, bitsandbytes) keeps them.
+    With dtype f32 only those it holds exactly are kept, and their inputs stay floats, so that the
+    logits are those of the dequantized weights; with bf16 the inputs are quantized to int8 per row
+    and group, which is what is fast.  ``extra["int8_activations"]`` says either, whatever the
+    dtype.  A checkpoint whose own scheme quantizes activations (W8A8, LLM.int8()) runs as it says.
     """
 
     name = "none"
@@ -38,7 +40,12 @@ class Unquantized(Quantizer):
         return None
 
     def keep(self, shape: LinearShape, stored: LinearWeight) -> LinearWeight | None:
-        return replace(stored, int8_activations=self.needs.dtype != "f32")
+        if stored.int8_activations or stored.format not in ("int8", "int4"):
+            return stored
+        wanted = self.needs.extra.get("int8_activations")
+        return replace(
+            stored, int8_activations=self.needs.dtype != "f32" if wanted is None else bool(wanted)
+        )
 
     def quantize(
         self, shape: LinearShape, weight: np.ndarray, calibration: Any = None

@@ -35,11 +35,6 @@ def fits(dtype: str, columns: int, exact: bool = False) -> bool:
     return kind is not None and columns % kind.columns == 0 and (kind.exact or not exact)
 
 
-def is_blocks(dtype: str) -> bool:
-    """Is it a stored type that can be kept at all?"""
-    return dtype in _TYPES
-
-
 def blocks_to_codes(dtype: str, data: np.ndarray) -> LinearWeight:
     """Stored rows as codes.
 

@@ -16,7 +16,6 @@ from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
-from pyllmlite.model import blocks
 from pyllmlite.model.builder import ModelBuilder
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
@@ -311,8 +310,7 @@ def _expected_weight_bytes(
     source: ModelSource, quantizer: Quantizer, shapes: tuple[LinearShape, ...]
 ) -> int:
     bits = sum(s.out_features * s.in_features * quantizer.bits_per_weight(s) for s in shapes)
-    kept = blocks.is_blocks(source.stored_dtype)
-    return min(int(bits / 8), source.weight_bytes) if kept else int(bits / 8)
+    return min(int(bits / 8), source.weight_bytes) if source.quantized else int(bits / 8)
 
 
 def _available_memory() -> int:

@@ -16,7 +16,13 @@ from pyllmlite.hooks.attention import AttentionLayer
 from pyllmlite.hooks.cache import StoreLayer
 from pyllmlite.model.alibi import model_slopes
 from pyllmlite.model.rope import rope_tables
-from pyllmlite.model.weights import PackedMatrix, load_matrix, plan_matrices
+from pyllmlite.model.weights import (
+    PackedMatrix,
+    SplitMatrix,
+    load_matrix,
+    padded_intermediate,
+    plan_matrices,
+)
 from pyllmlite.runtime.cost import OpCost
 from pyllmlite.runtime.native import native
 from pyllmlite.runtime.program import ITEM_BYTES, Buffer, ProgramBuilder
@@ -61,7 +67,7 @@ class ModelBuilder:
         self.attention = attention
         self.max_model_len = max_model_len
         self.progress = progress
-        self.matrices: dict[str, PackedMatrix] = {}
+        self.matrices: dict[str, PackedMatrix | SplitMatrix] = {}
         self._ropes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
@@ -84,7 +90,7 @@ class ModelBuilder:
         x = sink.buffer("hidden", spec.hidden_size)
         qkv = sink.buffer("qkv", spec.q_size + 2 * spec.kv_size)
         context = sink.buffer("context", spec.q_size)
-        inner = sink.buffer("inner", self.matrices["layers.0.mlp_down"].packed.shape[1])
+        inner = sink.buffer("inner", padded_intermediate(spec))
         branch = sink.buffer("branch", spec.hidden_size) if spec.post_norms else None
         logits = sink.buffer("logits", spec.vocab_size, rows="logits")
         self._embed(x)
@@ -102,6 +108,7 @@ class ModelBuilder:
     # -- parts of the model ------------------------------------------------------------------
     def _embed(self, x: Buffer) -> None:
         spec, table = self.spec, self.matrices["embed"]
+        assert isinstance(table, PackedMatrix)  # a matrix of one part is never split
         positions = self._vector("position_embed") if spec.learned_positions else None
         op = native().embed(
             table.packed,
@@ -210,6 +217,39 @@ class ModelBuilder:
         matrix = self.matrices[name]
         if norm is not None:
             options["norm"] = self._norm_args(norm)
+        if isinstance(matrix, SplitMatrix):
+            self._split_linear(name, matrix, source, out, options)
+        else:
+            self._linear_op(op_name or name, matrix, source, out, options)
+
+    def _split_linear(
+        self, name: str, matrix: SplitMatrix, source: Buffer, out: Buffer, options: dict[str, Any]
+    ) -> None:
+        """Parts that were quantized each in its own way: an op a part.  q, k and v write columns of
+        one buffer; gate is activated, then up multiplies it."""
+        gated, bias = options.pop("gated", False), options.pop("bias", None)
+        first = 0
+        for i, part in enumerate(matrix.parts):
+            rows = part.packed.shape[0]
+            own = dict(options)
+            if bias is not None:
+                own["bias"] = bias[first : first + rows]
+            target = out
+            if gated and i == 1:
+                own.update(activation="none", multiply=True)
+            elif not gated:
+                target = self.sink.columns(f"{out.name}.{i}", out, first, rows)
+            self._linear_op(f"{name}.{i}", part, source, target, own)
+            first += rows
+
+    def _linear_op(
+        self,
+        name: str,
+        matrix: PackedMatrix,
+        source: Buffer,
+        out: Buffer,
+        options: dict[str, Any],
+    ) -> None:
         op = native().linear(**matrix.op_arguments(), **options)
         n, k = matrix.packed.shape
         residual = 4.0 * out.width if options.get("residual") else 0.0
@@ -220,7 +260,7 @@ class ModelBuilder:
             per_logit_row=bool(options.get("logit_rows")),
             mac_dtype=matrix.mac_dtype,
         )
-        self.sink.op(op, [source, out], op_name or name, cost)
+        self.sink.op(op, [source, out], name, cost)
 
     def _norm_op(self, name: str, source: Buffer, out: Buffer, residual: bool) -> None:
         op = native().norm(self._norm_args(name), source.width, residual)

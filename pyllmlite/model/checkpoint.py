@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pyllmlite.core.errors import ModelError
+from pyllmlite.core.weights import LinearWeight
+from pyllmlite.model import blocks
 from pyllmlite.model.dequantize import BLOCKS, PLAIN, block_rows_to_float32
 
 # Rows are converted in pieces of about this many elements, so that the temporaries of the
@@ -74,6 +76,21 @@ class RawTensor:
         and more dimensions, ``[bytes]`` otherwise."""
         data = self._file.data[self._start : self._stop]
         return data if len(self.shape) < 2 else data.reshape(self.rows, self._row_bytes)
+
+    def plain(self) -> np.ndarray:
+        """The stored numbers in their own type, flat, memory-mapped (bf16 as its bits); not for
+        block types."""
+        return self._file.data[self._start : self._stop].view(PLAIN[self.dtype])
+
+    def codes(
+        self, rows: slice | np.ndarray | None = None, exact: bool = False
+    ) -> LinearWeight | None:
+        """Rows of a block type that a packed format holds (``exact``: to the last bit), as codes;
+        None for others."""
+        if len(self.shape) != 2 or not blocks.fits(self.dtype, self.shape[1], exact):
+            return None
+        data = self.raw()
+        return blocks.blocks_to_codes(self.dtype, data if rows is None else data[rows])
 
     @property
     def _row_bytes(self) -> int:

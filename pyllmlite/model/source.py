@@ -12,11 +12,14 @@ import numpy as np
 
 from pyllmlite.core.errors import ModelError
 from pyllmlite.core.spec import ModelSpec
+from pyllmlite.core.weights import LinearWeight
 from pyllmlite.model.architectures import Architecture, Config, Take, find_architecture
 from pyllmlite.model.checkpoint import Checkpoint, RawTensor
 from pyllmlite.model.dequantize import PLAIN
 from pyllmlite.model.gguf import GGUFCheckpoint
 from pyllmlite.model.gguf_names import GGUF_TENSORS, gguf_config
+from pyllmlite.model.quantized import Reader, reader_for
+from pyllmlite.model.quantized.tensor import QuantizedTensor
 from pyllmlite.model.safetensors import MAX_HEADER, SafetensorsCheckpoint, parse_json
 
 if TYPE_CHECKING:
@@ -26,16 +29,18 @@ if TYPE_CHECKING:
 class MappedTensor:
     """A canonical tensor: a stored one, seen through its architecture's :class:`Take`.
 
-    It has the face of :class:`~pyllmlite.model.checkpoint.RawTensor`; ``raw()`` is None where the
-    stored bytes cannot stand for it (transposed, or with something added).
+    It has the face of :class:`~pyllmlite.model.checkpoint.RawTensor`; ``codes()`` is None where the
+    stored values stand for no packed format, or not for it (transposed, or with something added).
     """
 
-    def __init__(self, base: RawTensor, take: Take, spec: ModelSpec) -> None:
+    def __init__(self, base: RawTensor | QuantizedTensor, take: Take, spec: ModelSpec) -> None:
         self.base = base
         self.name = base.name
         self.dtype = base.dtype
         self._add = take.add
-        self._transpose = take.transpose and len(base.shape) == 2
+        # Other tools store a quantized matrix [out, in], whatever the architecture's floats are.
+        quantized = isinstance(base, QuantizedTensor)
+        self._transpose = take.transpose and len(base.shape) == 2 and not quantized
         if self._transpose and base.dtype not in PLAIN:
             raise ModelError(f"{base.name} is {base.dtype}, which cannot be transposed")
         shape = base.shape[::-1] if self._transpose else base.shape
@@ -72,7 +77,7 @@ class MappedTensor:
     def float32(self, rows: slice | np.ndarray | None = None) -> np.ndarray:
         """A float32 copy, whole or of some rows (a slice or indices)."""
         selected = self._select(rows)
-        if self._transpose:
+        if self._transpose and isinstance(self.base, RawTensor):
             data = self.base.transposed_float32(selected)
         else:
             data = self.base.float32(selected)
@@ -80,12 +85,17 @@ class MappedTensor:
             data += np.float32(self._add)
         return data
 
-    def raw(self) -> np.ndarray | None:
-        """Stored bytes, uint8 ``[rows, bytes per row]`` (``[bytes]`` for a vector)."""
-        if self._transpose or self._add or (self._rows is not None and len(self.shape) < 2):
+    def codes(
+        self, rows: slice | np.ndarray | None = None, exact: bool = False
+    ) -> LinearWeight | None:
+        """Rows in the codes that they are stored in; None where no packed format holds them
+        (``exact``: to the last bit)."""
+        if self._transpose or self._add or len(self.shape) != 2:
             return None
-        data = self.base.raw()
-        return data if self._rows is None else data[self._rows]
+        selected = self._select(rows)
+        if isinstance(self.base, QuantizedTensor):
+            return self.base.codes(selected)
+        return self.base.codes(selected, exact)
 
     def release(self) -> None:
         self.base.release()
@@ -146,6 +156,7 @@ class ModelSource:
         config: The config in transformers' words (from a GGUF's metadata, too).
         generation_config: ``generation_config.json``, or empty.
         stored_dtype: Type that most bytes of the matrices have: f32, bf16, f16, q4_1, ...
+        quantized: Most bytes of the matrices are codes that can be kept as they are.
         weight_bytes: Stored bytes of all tensors.
         unused: Names in the checkpoint that no canonical tensor reads.
     """
@@ -209,6 +220,10 @@ class ModelSource:
         for mapped in self._mapped.values():
             sizes[mapped.dtype] += mapped.nbytes if len(mapped.shape) > 1 else 0
         self.stored_dtype = sizes.most_common(1)[0][0]
+        self.quantized = any(
+            mapped.dtype == self.stored_dtype and mapped.codes(slice(0, 0)) is not None
+            for mapped in self._mapped.values()
+        )
         self.weight_bytes = checkpoint.total_bytes
 
     def _prefix(self, architecture: Architecture) -> str:
@@ -220,7 +235,7 @@ class ModelSource:
 
     def _find(
         self, takes: tuple[Take, ...], prefix: str, layer: str
-    ) -> tuple[RawTensor, Take] | None:
+    ) -> tuple[RawTensor | QuantizedTensor, Take] | None:
         for take in takes:
             name = take.name.replace("{i}", layer).replace("{p}", prefix)
             if name in self.checkpoint:
@@ -240,7 +255,8 @@ class ModelSource:
         return None if mapped is None else mapped.float32()
 
     def raw(self, name: str) -> MappedTensor | None:
-        """A canonical tensor as it is stored: ``float32(rows)`` gives rows, ``raw()`` bytes."""
+        """A canonical tensor as it is stored: ``float32(rows)`` gives floats, ``codes(rows)`` codes
+        where it is quantized."""
         return self._mapped.get(name)
 
     def tokenizer(self) -> Tokenizer:
@@ -275,25 +291,40 @@ def open_checkpoint(path: str | Path) -> ModelSource:
             raise ModelError(f"{path}: holds several GGUF files, name one of them: {listed}")
         raise ModelError(f"{path}: no model (neither config.json nor a .gguf file in it)")
     config = _object(path / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ModelError(
-            f"{path}: quantized with {method or 'an unknown method'}, which is not read; "
-            "take the unquantized checkpoint"
-        )
+    settings = _quantization(path, config)
+    reader = None if settings is None else reader_for(path, settings)
     if not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
         raise ModelError(
             f"{path}: has PyTorch .bin weights only; save it once with "
             "model.save_pretrained(path), which writes safetensors"
         )
     generation = path / "generation_config.json"
+    stored = SafetensorsCheckpoint(path)
     return ModelSource(
         path,
-        SafetensorsCheckpoint(path),
+        stored if reader is None else _read_quantized(reader, stored),
         config,
         _object(generation) if generation.is_file() else None,
     )
+
+
+def _read_quantized(reader: Reader, stored: Checkpoint) -> Checkpoint:
+    try:
+        return reader(stored)
+    except ModelError as error:
+        text, path = str(error), str(stored.path)
+        raise ModelError(text if text.startswith(path) else f"{path}: {text}") from None
+
+
+def _quantization(path: Path, config: dict[str, Any]) -> Any:
+    """The config of the tool that quantized the checkpoint; None where none did.  Older tools wrote
+    a file of their own instead of an entry in config.json."""
+    if config.get("quantization_config"):
+        return config["quantization_config"]
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (path / name).is_file():
+            return {"quant_method": method, **_object(path / name)}
+    return None
 
 
 def _object(path: Path) -> dict[str, Any]:

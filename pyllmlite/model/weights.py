@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from pyllmlite.core.errors import ModelError, PluginError
 from pyllmlite.core.spec import ModelSpec
 from pyllmlite.core.weights import LinearShape, LinearWeight
-from pyllmlite.model import blocks
 from pyllmlite.runtime.native import native
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from pyllmlite.hooks.quantizer import Quantizer
     from pyllmlite.model.source import MappedTensor, ModelSource
 
-PACKED_FORMATS = ("f32", "bf16", "int8", "int4")
+PACKED_FORMATS = ("f32", "bf16", "int8", "int4", "codebook4")
 GATE_BLOCK = 16  # gate and up rows alternate in blocks of 16, so each half is padded to that
 CHUNK_ELEMENTS = 4 << 20  # 16 MB of float32: what a row-wise quantizer is given at once
 
@@ -49,6 +48,8 @@ class PackedMatrix:
     int8_activations: bool = False
     input_scale: np.ndarray | None = None
     input_permutation: np.ndarray | None = None
+    activation_group: int = 0
+    outlier_threshold: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -63,12 +64,27 @@ class PackedMatrix:
 
     def op_arguments(self) -> dict[str, Any]:
         """The part of ``_native.linear``'s arguments that follows from the weight."""
+        group = self.activation_group
         return {
             "weight": self.packed,
             "int8_activations": self.int8_activations,
+            "activation_group": self.packed.shape[1] if group < 0 else group,
             "input_scale": self.input_scale,
             "input_permutation": self.input_permutation,
+            "outlier_threshold": self.outlier_threshold,
         }
+
+
+@dataclass
+class SplitMatrix:
+    """A fused matrix whose parts were quantized each in its own way: one packed matrix a part,
+    each with as many rows as the part."""
+
+    parts: tuple[PackedMatrix, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
 
 def padded_intermediate(spec: ModelSpec) -> int:
@@ -109,36 +125,54 @@ def plan_matrices(spec: ModelSpec) -> list[MatrixPlan]:
     return plans
 
 
-def load_matrix(source: ModelSource, plan: MatrixPlan, quantizer: Quantizer) -> PackedMatrix:
+def load_matrix(
+    source: ModelSource, plan: MatrixPlan, quantizer: Quantizer
+) -> PackedMatrix | SplitMatrix:
     """Read, quantize and pack one matrix.
 
     Raises:
         ModelError: A tensor is missing or has another shape, or its values cannot be quantized.
         PluginError: The quantizer answered with something the kernels have no format for.
     """
+    stored = _stored_layouts(source, plan, quantizer)
+    if stored is not None:
+        layout = common_layout(stored)
+        if layout is None:
+            count = len(plan.parts)
+            return SplitMatrix(tuple(_load_part(source, plan, i, quantizer) for i in range(count)))
+        return _keep(source, plan, quantizer, layout)
+    return _quantize(source, plan, quantizer)
+
+
+def _quantize(source: ModelSource, plan: MatrixPlan, quantizer: Quantizer) -> PackedMatrix:
+    """A matrix that arrives as floats, or is to be quantized again."""
     shape = plan.shape
-    kept = _keep_blocks(source, plan, quantizer)
-    if kept is not None:
-        return kept
     if not quantizer.rowwise:
         pieces = [piece for _, piece in _float_rows(source, plan, whole=True)]
         weight = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         made = quantizer.quantize(shape, weight)
         _check(quantizer, shape, made, shape.out_features)
-        packed = native().PackedLinear(
-            made.format, made.values, made.scales, made.mins, made.group_size, shape.gated
-        )
-        return PackedMatrix(
-            packed, made.int8_activations, made.input_scale, made.input_permutation
-        )
-    result: PackedMatrix | None = None
+        result = _empty(shape, made)
+        _put(result, 0, made)
+        return result
+    packed: PackedMatrix | None = None
     for first, block in _float_rows(source, plan, whole=False):
         made = quantizer.quantize(shape, block)
         _check(quantizer, shape, made, block.shape[0])
-        result = result or _empty(shape, made)
-        result.packed.set_rows(first, made.values, made.scales, made.mins)
-    assert result is not None
-    return result
+        packed = packed or _empty(shape, made)
+        _put(packed, first, made)
+    assert packed is not None
+    return packed
+
+
+def _load_part(
+    source: ModelSource, plan: MatrixPlan, index: int, quantizer: Quantizer
+) -> PackedMatrix:
+    part = plan.parts[index]
+    shape = replace(plan.shape, name=part.name, out_features=part.rows, gated=False)
+    made = load_matrix(source, MatrixPlan(shape, (part,)), quantizer)
+    assert isinstance(made, PackedMatrix)  # one part has one layout
+    return made
 
 
 def _empty(shape: LinearShape, like: LinearWeight) -> PackedMatrix:
@@ -149,42 +183,128 @@ def _empty(shape: LinearShape, like: LinearWeight) -> PackedMatrix:
         like.group_size,
         like.mins is not None,
         shape.gated,
+        wide_scales=like.scales is not None and like.scales.dtype == np.float32,
+        zero_points=like.zero_points is not None,
+        codebook=like.codebook,
     )
-    return PackedMatrix(packed, like.int8_activations)
+    return PackedMatrix(
+        packed,
+        like.int8_activations,
+        like.input_scale,
+        like.input_permutation,
+        like.activation_group,
+        like.outlier_threshold,
+    )
 
 
-def _keep_blocks(
+def _put(matrix: PackedMatrix, first: int, made: LinearWeight) -> None:
+    mins = made.mins if made.zero_points is None else made.zero_points
+    if mins is not None and made.scales is not None:
+        mins = mins.astype(made.scales.dtype, copy=False)
+    matrix.packed.set_rows(first, made.values, made.scales, mins)
+
+
+def _stored_layouts(
     source: ModelSource, plan: MatrixPlan, quantizer: Quantizer
-) -> PackedMatrix | None:
-    """The matrix in the blocks it is stored in; None where that cannot be or is not wanted: its
-    parts have different types, or a type that no packed format holds (exactly, for f32)."""
-    columns = plan.shape.in_features
-    stored: list[MappedTensor] = []
+) -> list[LinearWeight | None] | None:
+    """For each part what the quantizer keeps of its stored codes, without a row of them: format,
+    groups, permutation, ...; None for a part that is to be quantized.  None for the whole where no
+    part is kept.  With dtype f32 only codes that are held exactly are kept."""
+    exact = quantizer.needs.dtype == "f32"
+    layouts: list[LinearWeight | None] = []
     for part in plan.parts:
         tensor = source.raw(part.name)
-        if tensor is None or tensor.shape != (part.rows, columns):
+        if tensor is not None:
+            _check_size(tensor, part)
+        codes = None if tensor is None else tensor.codes(slice(0, 0), exact)
+        layouts.append(None if codes is None else quantizer.keep(plan.shape, codes))
+    return None if all(layout is None for layout in layouts) else layouts
+
+
+def common_layout(layouts: list[LinearWeight | None]) -> LinearWeight | None:
+    """The layout in which parts can stand in one packed matrix, each of their values exact; None
+    where they need matrices of their own."""
+    first = layouts[0]
+    if first is None:
+        return None
+    for other in layouts[1:]:
+        if other is None or not _same(first, other):
             return None
-        if stored and tensor.dtype != stored[0].dtype:
-            return None
-        if not blocks.fits(tensor.dtype, columns, exact=quantizer.needs.dtype == "f32"):
-            return None
-        stored.append(tensor)
-    result: PackedMatrix | None = None
+    made = [layout for layout in layouts if layout is not None]
+    wide = any(m.scales is not None and m.scales.dtype == np.float32 for m in made)
+    points = next((m.zero_points for m in made if m.zero_points is not None), None)
+    scales = first.scales
+    if wide and scales is not None:
+        scales = scales.astype(np.float32)
+    return replace(first, scales=scales, zero_points=points)
+
+
+def _same(one: LinearWeight, other: LinearWeight) -> bool:
+    plain = ("format", "group_size", "int8_activations", "activation_group", "outlier_threshold")
+    if any(getattr(one, name) != getattr(other, name) for name in plain):
+        return False
+    if (one.mins is None) != (other.mins is None):
+        return False
+    return all(
+        _equal(getattr(one, name), getattr(other, name))
+        for name in ("input_scale", "input_permutation", "codebook")
+    )
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return np.array_equal(one, other) if one is not None and other is not None else one is other
+
+
+def _keep(
+    source: ModelSource, plan: MatrixPlan, quantizer: Quantizer, layout: LinearWeight
+) -> PackedMatrix:
+    """The matrix in the codes that it is stored in."""
+    columns = plan.shape.in_features
+    if layout.input_permutation is not None:
+        known = len(layout.input_permutation)
+        rest = np.arange(known, columns, dtype=np.int32)
+        layout = replace(layout, input_permutation=np.append(layout.input_permutation, rest))
+    result = _empty(plan.shape, layout)
+    _check(quantizer, plan.shape, layout, 0)
     first, step = 0, max(GATE_BLOCK, CHUNK_ELEMENTS // columns)
-    for tensor in stored:
-        data = tensor.raw()
-        if data is None:
-            return None
-        for start in range(0, len(data), step):
-            codes = blocks.blocks_to_codes(tensor.dtype, data[start : start + step])
-            made = quantizer.keep(plan.shape, codes)
-            if made is None:
-                return None
-            result = result or _empty(plan.shape, made)
-            result.packed.set_rows(first + start, made.values, made.scales, made.mins)
-        first += len(data)
+    for part in plan.parts:
+        tensor = source.raw(part.name)
+        assert tensor is not None
+        for start in range(0, tensor.shape[0], step):
+            codes = tensor.codes(slice(start, min(start + step, tensor.shape[0])))
+            assert codes is not None
+            _put(result, first + start, _padded(codes, layout, columns))
+        first += part.rows
         tensor.release()
     return result
+
+
+def _padded(codes: LinearWeight, layout: LinearWeight, columns: int) -> LinearWeight:
+    """Rows of stored codes as rows of a matrix in a common layout, with zero codes and scales in
+    the columns behind them, which meet inputs that are zero."""
+    assert codes.scales is not None and layout.scales is not None
+    rows, known = codes.shape
+    values, scales, mins, points = codes.values, codes.scales, codes.mins, codes.zero_points
+    if layout.zero_points is not None and points is None:
+        points = np.full(scales.shape, 8 if codes.format == "int4" else 0, np.int16)
+    if known < columns:
+        values = np.pad(values, ((0, 0), (0, columns - known)))
+        groups = -(-columns // codes.group_size) if codes.group_size else 1
+        more = ((0, 0), (0, groups - scales.shape[1]))
+        scales = np.pad(scales, more)
+        mins = None if mins is None else np.pad(mins, more)
+        points = None if points is None else np.pad(points, more)
+    scales = scales.astype(layout.scales.dtype, copy=False)
+    return replace(codes, values=values, scales=scales, mins=mins, zero_points=points)
+
+
+def _check_size(tensor: MappedTensor, part: Part) -> None:
+    shape = tensor.shape
+    if len(shape) != 2 or shape[0] > part.rows or shape[1] > part.columns:
+        raise ModelError(
+            f"{part.name!r} has shape {list(shape)}, "
+            f"the config asks for {[part.rows, part.columns]}"
+        )
 
 
 def _float_rows(
@@ -198,11 +318,7 @@ def _float_rows(
         weight = source.raw(part.name)
         if weight is None:
             raise ModelError(f"the checkpoint has no tensor for {part.name!r}")
-        if len(weight.shape) != 2 or weight.shape[0] > part.rows or weight.shape[1] > part.columns:
-            raise ModelError(
-                f"{part.name!r} has shape {list(weight.shape)}, "
-                f"the config asks for {[part.rows, part.columns]}"
-            )
+        _check_size(weight, part)
         for start in range(0, part.rows, step):
             stop = min(start + step, part.rows)
             rows = weight.float32(slice(start, stop))

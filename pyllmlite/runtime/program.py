@@ -73,6 +73,11 @@ class ProgramBuilder:
         self.buffers.append(made)
         return made
 
+    def columns(self, name: str, buffer: Buffer, first: int, width: int) -> Buffer:
+        """Some columns of a buffer, as a buffer that an op can write to."""
+        id = self.program.column_view(name, buffer.id, first, width)
+        return Buffer(id, name, buffer.rows, width, buffer.dtype)
+
     def tensor(self, name: str, array: np.ndarray, dtype: str | None = None) -> Buffer:
         """An array as a buffer, kept alive; ``dtype`` says what uint16 bits mean."""
         id = self.program.add_tensor(name, array, dtype)

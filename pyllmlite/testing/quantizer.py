@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,7 @@ LEVELS = {"int8": 127, "int4": 15}
 
 def dequantized(made: LinearWeight) -> np.ndarray:
     """float32 ``[out, in]`` of the formats that are built in, before permutation and scale."""
-    if made.format == "f32":
-        return made.values.astype(np.float32)
-    if made.format == "bf16":
-        return (made.values.astype(np.uint32) << 16).view(np.float32)
-    assert made.scales is not None
-    columns = made.shape[1]
-    size = made.group_size or max(columns, 1)
-    group = np.arange(columns) // size
-    scales = made.scales.astype(np.float32)[:, group]
-    values = scales * made.values.astype(np.float32)
-    if made.mins is not None:
-        return values + made.mins.astype(np.float32)[:, group]
-    return values - 8 * scales if made.format == "int4" else values
+    return replace(made, input_permutation=None, input_scale=None).float32()
 
 
 class QuantizerConformance(Conformance):

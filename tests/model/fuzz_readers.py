@@ -112,7 +112,7 @@ def read_all(path: Path) -> None:
         source.get(name)
         tensor = source.raw(name)
         if tensor is not None:
-            tensor.raw()
+            tensor.codes()
     for layer in source.spec.layers[:2]:
         if layer.rope is not None:
             rope_tables(layer.rope, min(source.spec.max_position_embeddings, 1024))

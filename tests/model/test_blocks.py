@@ -7,7 +7,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from pyllmlite import _native
-from pyllmlite.model.blocks import blocks_to_codes, fits, is_blocks
+from pyllmlite.model.blocks import blocks_to_codes, fits
 
 TYPES = {
     name: getattr(GGMLQuantizationType, name.upper())
@@ -59,7 +59,6 @@ def test_what_fits():
     assert fits("q4_1", 576) and fits("q8_0", 32) and fits("q4_0", 64) and fits("q6_k", 512)
     assert not fits("q4_1", 40) and not fits("q6_k", 576) and not fits("f16", 64)
     assert fits("q5_1", 64, exact=True) and not fits("q4_k", 256, exact=True)
-    assert is_blocks("q4_k") and not is_blocks("f16")
 
 
 def test_no_rows():

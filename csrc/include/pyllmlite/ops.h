@@ -14,19 +14,27 @@
 
 namespace pyllmlite {
 
-enum class WeightFormat : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum class WeightFormat : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, CODEBOOK4 = 4 };
 
 // A weight matrix [n, k] in the order the kernels read (made by pack_linear, see pack.h).
 // INT8 and INT4 are w = scales[g] * code + mins[g], code in [-128, 127] or [0, 15],
 // g = column / group_size; group_size 0: one group per row.  The last group may be short.
+// With zero_points it is w = scales[g] * (code - mins[g]): an integer zero point keeps exact what a
+// rounded minimum would not.  CODEBOOK4 (NF4, FP4) is w = scales[g] * codebook[code].
 struct PackedLinear {
   WeightFormat format = WeightFormat::F32;
   int64_t n = 0, k = 0;
   int64_t group_size = 0;
   const void* data = nullptr;
-  const uint16_t* scales = nullptr;  // f16, packed beside data
-  const uint16_t* mins = nullptr;    // f16, or null: symmetric int8 (min 0) / int4 (min -8 * scale)
+  const void* scales = nullptr;  // f16, or f32 with wide_scales; packed beside data
+  const void* mins = nullptr;    // likewise, or null: symmetric int8 (min 0) / int4 (min -8 * scale)
+  bool wide_scales = false;
+  bool zero_points = false;
+  float codebook[16] = {};
 };
+inline bool has_groups(WeightFormat format) {
+  return format != WeightFormat::F32 && format != WeightFormat::BF16;
+}
 
 enum class Norm : int32_t { NONE = 0, RMS = 1, LAYER = 2 };
 enum class Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4 };
@@ -39,6 +47,7 @@ struct NormSpec {
 };
 
 // out = epilogue(norm(x) @ W^T + bias).  Buffers: x, out; with `residual`: out += instead of =.
+// With `multiply`: out *= instead of =, so that a gate and an up projection can be two ops.
 // Gated: W's rows alternate in blocks of 16, gate then up (pack_linear does it), and
 // out[:, j] = activation(gate_j) * up_j has n / 2 columns.
 struct LinearSpec {
@@ -48,10 +57,13 @@ struct LinearSpec {
   const float* input_scale = nullptr;       // [k]: multiplies the normed input (AWQ)
   bool int8_activations = false;            // quantize rows to int8 per group of `activation_group`
   int64_t activation_group = 0;             // 0: the weight's group, or 64 where that is the whole row
+  float outlier_threshold = 0;              // > 0: inputs of larger magnitude stay floats
+                                            // (LLM.int8()); needs int8_activations, INT8
   const float* bias = nullptr;              // [n]
   Activation activation = Activation::NONE;
   bool gated = false;
   bool residual = false;
+  bool multiply = false;
   bool logit_rows = false;                  // input rows are gathered by batch.logit_rows and
                                             // out has num_logit_rows rows
   float softcap = 0;                        // > 0: out = softcap * tanh(out / softcap)

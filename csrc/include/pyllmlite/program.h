@@ -46,6 +46,9 @@ class PLL_API Program {
   // A second name, of another width, for the memory of a buffer; their lifetimes must not
   // overlap.
   int share_buffer(const std::string& name, int other, int64_t width);
+  // Columns first .. first+width-1 of a buffer as one of its own, for ops that write parts of its
+  // rows: the rows stand as far apart as the whole ones.
+  int column_view(const std::string& name, int other, int64_t first, int64_t width);
 
   int add_op(OpPtr op, const std::vector<int>& buffers, const std::string& name);
   int add_host_op(HostOp op, const std::vector<int>& buffers, const std::string& name);
