@@ -200,7 +200,7 @@ def _empty(shape: LinearShape, like: LinearWeight) -> PackedMatrix:
 def _put(matrix: PackedMatrix, first: int, made: LinearWeight) -> None:
     mins = made.mins if made.zero_points is None else made.zero_points
     if mins is not None and made.scales is not None:
-        mins = mins.astype(made.scales.dtype, copy=False)
+        mins = np.ascontiguousarray(mins, made.scales.dtype)
     matrix.packed.set_rows(first, made.values, made.scales, mins)
 
 
@@ -264,8 +264,8 @@ def _keep(
         known = len(layout.input_permutation)
         rest = np.arange(known, columns, dtype=np.int32)
         layout = replace(layout, input_permutation=np.append(layout.input_permutation, rest))
+    _check_format(quantizer, plan.shape, layout)
     result = _empty(plan.shape, layout)
-    _check(quantizer, plan.shape, layout, 0)
     first, step = 0, max(GATE_BLOCK, CHUNK_ELEMENTS // columns)
     for part in plan.parts:
         tensor = source.raw(part.name)
@@ -330,12 +330,16 @@ def _float_rows(
         first += part.rows
 
 
-def _check(quantizer: Quantizer, shape: LinearShape, made: LinearWeight, rows: int) -> None:
+def _check_format(quantizer: Quantizer, shape: LinearShape, made: LinearWeight) -> None:
     if made.format not in PACKED_FORMATS:
         raise PluginError(
             f"quantizer {quantizer.name!r} made format {made.format!r} for {shape.name}; "
             f"this device's kernels take {', '.join(PACKED_FORMATS)}"
         )
+
+
+def _check(quantizer: Quantizer, shape: LinearShape, made: LinearWeight, rows: int) -> None:
+    _check_format(quantizer, shape, made)
     if made.shape != (rows, shape.in_features):
         raise PluginError(
             f"quantizer {quantizer.name!r} returned codes of shape {list(made.shape)} for "

@@ -62,7 +62,7 @@ def awq_reader(settings: Mapping[str, Any]) -> Callable[[Checkpoint], Checkpoint
 def outputs_in_order(words: np.ndarray) -> np.ndarray:
     """int32 ``[n, out / 8]`` to uint8 codes ``[n, out]``."""
     count = words.shape[-1]
-    codes = unpack_words(words, 4, 8 * count).reshape(-1, count, 8)
+    codes = unpack_words(words, 4, 8 * count).reshape(words.shape[0], count, 8)
     return codes[:, :, PLACES].reshape(words.shape[0], 8 * count)
 
 

@@ -148,7 +148,7 @@ def unpack_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
         for i in range(8 // bits):
             np.right_shift(data, bits * i, out=values[..., i])
         values &= (1 << bits) - 1
-        return values.reshape(*data.shape[:-1], -1)[..., :count]
+        return values.reshape(*data.shape[:-1], data.shape[-1] * 8 // bits)[..., :count]
     # Other widths run over the edges of the words, by 8 values in `bits` bytes.
     stream = np.unpackbits(data, axis=-1, bitorder="little")
     whole = stream.shape[-1] // bits
