@@ -50,13 +50,20 @@ class Unquantized(Quantizer):
     def quantize(
         self, shape: LinearShape, weight: np.ndarray, calibration: Any = None
     ) -> LinearWeight:
+        if self.needs.dtype != "f32":
+            return bf16_weight(shape, weight)
         require_finite(shape, weight)
-        if self.needs.dtype == "f32":
-            return LinearWeight("f32", weight)
-        codes = to_bf16(weight)
-        if ((codes & 0x7FFF) == 0x7F80).any():
-            raise ModelError(f"{shape.name} holds weights too large for bf16; use dtype f32")
-        return LinearWeight("bf16", codes)
+        return LinearWeight("f32", weight)
+
+
+def bf16_weight(shape: LinearShape, weight: np.ndarray) -> LinearWeight:
+    """A matrix rounded to bfloat16; ``ModelError`` for weights that are not finite, or become
+    infinite."""
+    require_finite(shape, weight)
+    codes = to_bf16(weight)
+    if ((codes & 0x7FFF) == 0x7F80).any():
+        raise ModelError(f"{shape.name} holds weights too large for bf16; use dtype f32")
+    return LinearWeight("bf16", codes)
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

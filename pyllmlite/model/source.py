@@ -15,7 +15,7 @@ from pyllmlite.core.spec import ModelSpec
 from pyllmlite.core.weights import LinearWeight
 from pyllmlite.model.architectures import Architecture, Config, Take, find_architecture
 from pyllmlite.model.checkpoint import Checkpoint, RawTensor
-from pyllmlite.model.dequantize import PLAIN
+from pyllmlite.model.dequantize import BLOCKS, PLAIN
 from pyllmlite.model.gguf import GGUFCheckpoint
 from pyllmlite.model.gguf_names import GGUF_TENSORS, gguf_config
 from pyllmlite.model.quantized import Reader, reader_for
@@ -97,6 +97,11 @@ class MappedTensor:
             return self.base.codes(selected)
         return self.base.codes(selected, exact)
 
+    @property
+    def is_codes(self) -> bool:
+        """Stored in codes of some kind, not in floats."""
+        return isinstance(self.base, QuantizedTensor) or self.dtype in BLOCKS
+
     def release(self) -> None:
         self.base.release()
 
@@ -156,7 +161,7 @@ class ModelSource:
         config: The config in transformers' words (from a GGUF's metadata, too).
         generation_config: ``generation_config.json``, or empty.
         stored_dtype: Type that most bytes of the matrices have: f32, bf16, f16, q4_1, ...
-        quantized: Most bytes of the matrices are codes that can be kept as they are.
+        quantized: Some matrices are codes that can be kept as they are.
         weight_bytes: Stored bytes of all tensors.
         unused: Names in the checkpoint that no canonical tensor reads.
     """
@@ -220,10 +225,7 @@ class ModelSource:
         for mapped in self._mapped.values():
             sizes[mapped.dtype] += mapped.nbytes if len(mapped.shape) > 1 else 0
         self.stored_dtype = sizes.most_common(1)[0][0]
-        self.quantized = any(
-            mapped.dtype == self.stored_dtype and mapped.codes(slice(0, 0)) is not None
-            for mapped in self._mapped.values()
-        )
+        self.quantized = any(mapped.is_codes for mapped in self._mapped.values())
         self.weight_bytes = checkpoint.total_bytes
 
     def _prefix(self, architecture: Architecture) -> str:

@@ -12,6 +12,8 @@ from pyllmlite_plugins.attention.reference import Reference
 from pyllmlite_plugins.cache.contiguous import Contiguous
 from pyllmlite_plugins.cache.paged import Paged
 from pyllmlite_plugins.decoder.sample import Sample
+from pyllmlite_plugins.quantizer.int8 import LLMInt8
+from pyllmlite_plugins.quantizer.nf4 import NormalFloat4
 from pyllmlite_plugins.quantizer.none import Unquantized
 from pyllmlite_plugins.quantizer.rtn import RoundToNearest
 from pyllmlite_plugins.scheduler.continuous import Continuous
@@ -46,6 +48,21 @@ class TestUnquantized(QuantizerConformance):
 
 class TestRoundToNearest(QuantizerConformance):
     strategy = RoundToNearest
+
+
+class TestLLMInt8(QuantizerConformance):
+    strategy = LLMInt8
+    settings = (*QuantizerConformance.settings, {"extra": {"outlier_threshold": 2.5}})
+
+
+class TestNormalFloat4(QuantizerConformance):
+    strategy = NormalFloat4
+    settings = (
+        *QuantizerConformance.settings,
+        {"extra": {"kind": "fp4"}},
+        {"extra": {"kind": "fp4", "double_quant": True}, "group_size": 32},
+        {"extra": {"double_quant": True}},
+    )
 
 
 class TestContinuous(SchedulerConformance):
