@@ -56,6 +56,7 @@ def explain(
                 "max_num_seqs": built.max_num_seqs,
                 "max_num_batched_tokens": built.max_num_batched_tokens,
                 "weight_bytes": built.weight_bytes,
+                "weight_formats": built.weight_formats,
                 "kv_bytes": built.cache.nbytes,
                 "buffer_bytes": built.program.buffer_bytes,
                 "selections": selections(built),

@@ -59,6 +59,7 @@ class Built:
     max_num_batched_tokens: int
     max_logit_rows: int
     weight_bytes: int
+    weight_formats: dict[str, int]
     dtype: str
     threads: int
     selections: dict[str, Selection] = field(default_factory=dict)
@@ -66,10 +67,12 @@ class Built:
 
     def explain(self) -> str:
         """What was selected for each hook, why, and why the others were not."""
+        formats = [f"{name} {size / 1e6:.0f} MB" for name, size in self.weight_formats.items()]
         lines = [
             f"model       {self.spec.architecture}, {self.spec.num_layers} layers, {self.dtype}, "
             f"weights {self.weight_bytes / 1e6:.0f} MB, {self.threads} threads, "
             f"{native().info()['isa']}",
+            f"weights     {'; '.join(formats)}",
             f"lengths     max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
             f"max_num_batched_tokens {self.max_num_batched_tokens}, "
             f"KV {self.cache.nbytes / 1e6:.0f} MB",
@@ -247,6 +250,7 @@ def build(
         max_num_batched_tokens=batched,
         max_logit_rows=max_logit_rows,
         weight_bytes=builder.weight_bytes,
+        weight_formats=builder.weight_formats(),
         dtype=dtype,
         threads=threads,
         selections=selections,

@@ -7,6 +7,7 @@ asked here, once; what runs afterwards is native.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +74,14 @@ class ModelBuilder:
     @property
     def weight_bytes(self) -> int:
         return sum(matrix.nbytes for matrix in self.matrices.values())
+
+    def weight_formats(self) -> dict[str, int]:
+        """Bytes by what is multiplied: the weights' format and the inputs'."""
+        bytes_of: Counter[str] = Counter()
+        for matrix in self.matrices.values():
+            for part in matrix.parts if isinstance(matrix, SplitMatrix) else (matrix,):
+                bytes_of[part.label] += part.nbytes
+        return dict(bytes_of.most_common())
 
     def load_weights(self) -> None:
         """Read, quantize and pack every matrix, one at a time."""

@@ -62,6 +62,12 @@ class PackedMatrix:
             return "int8"
         return "bf16" if self.packed.format == "bf16" else "f32"
 
+    @property
+    def label(self) -> str:
+        """What its op multiplies, in words: ``int8 x int8, above 6 in f32``."""
+        outliers = f", above {self.outlier_threshold:g} in f32" if self.outlier_threshold else ""
+        return f"{self.packed.format} x {self.mac_dtype}{outliers}"
+
     def op_arguments(self) -> dict[str, Any]:
         """The part of ``_native.linear``'s arguments that follows from the weight."""
         group = self.activation_group

@@ -151,6 +151,16 @@ def test_parts_that_differ_have_ops_of_their_own(tmp_path):
         assert split or not any(".qkv." in op or ".gate_up." in op for op in ops)
 
 
+def test_explain_says_what_is_multiplied(tmp_path):
+    for name, words in {
+        "nf4": "codebook4 x f32",
+        "llm-int8": "int8 x int8, above 2 in f32",
+        "awq": "int4 x f32",
+    }.items():
+        write(tmp_path / name, {**LAYOUTS, **INT8_LAYOUTS}[name])
+        assert words in build_tiny(tmp_path / name).explain()
+
+
 def test_only_some_parts_need_float32_scales(tmp_path):
     """One part's scales fit float16 and are all in the middle, the other's neither."""
     layout = copy.copy(LAYOUTS["pack-float-scales"])
