@@ -28,6 +28,32 @@ uint16_t random_half(Random& random, bool negative) {
   return static_cast<uint16_t>(negative && random.below(2) ? bits | 0x8000 : bits);
 }
 
+// A zero point from 1 to 15, as a half: what packed zero points are stored in.
+uint16_t random_point(Random& random) {
+  static const uint16_t points[] = {0x3c00, 0x4000, 0x4200, 0x4400, 0x4700, 0x4880, 0x4b80};
+  return points[random.below(7)];
+}
+
+// Scales or minimums, as halves or, with a little more to them, as floats.
+struct Table {
+  bool wide;
+  std::vector<uint16_t> halves;
+  std::vector<float> floats;
+
+  Table(int64_t size, bool wide) : wide(wide), halves(size), floats(size) {}
+  template <class Draw>
+  void fill(Draw draw) {
+    for (size_t i = 0; i < halves.size(); ++i) {
+      halves[i] = draw();
+      floats[i] = half_to_float(halves[i]) * 1.0001f;
+    }
+  }
+  double value(int64_t i) const { return wide ? floats[i] : half_to_float(halves[i]); }
+  const void* at(int64_t i) const {
+    return wide ? static_cast<const void*>(floats.data() + i) : halves.data() + i;
+  }
+};
+
 float to_bf16(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
@@ -36,16 +62,23 @@ float to_bf16(float x) {
   return x;
 }
 
+// What a format may have besides: scales as floats, zero points in the place of minimums.
+struct Extras {
+  bool wide = false, points = false;
+};
+
 // A random matrix: packed, and its exact values row-major [n, k] before gating.
 struct Matrix {
   std::vector<uint8_t> data;
-  std::vector<uint16_t> scales, mins;
+  std::vector<uint8_t> scales, mins;
   std::vector<double> values;
   PackedLinear packed;
 
   Matrix(Random& random, WeightFormat format, int64_t n, int64_t k, int64_t group, bool with_mins,
-         bool gated) {
-    const bool quantized = format == WeightFormat::INT8 || format == WeightFormat::INT4;
+         bool gated, Extras extras = {}) {
+    const bool quantized = has_groups(format), with_points = quantized && extras.points;
+    with_mins = with_mins || with_points;
+    for (float& value : packed.codebook) value = random.value();
     const int64_t size = group == 0 || group >= k ? k : group;
     const int64_t groups = quantized ? (k + size - 1) / size : 0;
     const PackedSize bytes = packed_size(format, n, k, group, gated);
@@ -60,30 +93,33 @@ struct Matrix {
                   nullptr);
     } else {
       std::vector<uint8_t> codes(n * k);
-      std::vector<uint16_t> s(n * groups), m(with_mins ? n * groups : 0);
-      for (uint16_t& x : s) x = random_half(random, false);
-      for (uint16_t& x : m) x = random_half(random, true);
+      Table s(n * groups, extras.wide), m(with_mins ? n * groups : 0, extras.wide);
+      s.fill([&] { return random_half(random, false); });
+      m.fill([&] { return with_points ? random_point(random) : random_half(random, true); });
       for (int64_t r = 0; r < n; ++r) {
         for (int64_t i = 0; i < k; ++i) {
           const bool int4 = format == WeightFormat::INT4;
-          const int code = int4 ? random.below(16) : random.below(256) - 128;
+          const bool int8 = format == WeightFormat::INT8;
+          const int code = int8 ? random.below(256) - 128 : random.below(16);
           codes[r * k + i] = static_cast<uint8_t>(code);
-          const double scale = half_to_float(s[r * groups + i / size]);
-          const double min =
-              with_mins ? half_to_float(m[r * groups + i / size]) : int4 ? -8 * scale : 0;
-          values[r * k + i] = scale * code + min;
+          const int64_t at = r * groups + i / size;
+          const double scale = s.value(at);
+          double min = int4 ? -8 * scale : 0;
+          if (with_mins) min = with_points ? -scale * m.value(at) : m.value(at);
+          values[r * k + i] = int4 || int8 ? scale * code + min : scale * packed.codebook[code];
         }
       }
-      scales.resize(bytes.num_scales);
-      mins.resize(with_mins ? bytes.num_scales : 0);
+      const size_t item = extras.wide ? 4 : 2;
+      scales.resize(bytes.num_scales * item);
+      mins.resize(with_mins ? bytes.num_scales * item : 0);
       // In two parts, as a loader packs.
       const int64_t first = n / 3;
-      pack_rows(format, n, k, group, gated, 0, first, codes.data(), s.data(),
-                with_mins ? m.data() : nullptr, data.data(), scales.data(),
-                with_mins ? mins.data() : nullptr);
+      pack_rows(format, n, k, group, gated, 0, first, codes.data(), s.at(0),
+                with_mins ? m.at(0) : nullptr, data.data(), scales.data(),
+                with_mins ? mins.data() : nullptr, extras.wide);
       pack_rows(format, n, k, group, gated, first, n - first, codes.data() + first * k,
-                s.data() + first * groups, with_mins ? m.data() + first * groups : nullptr,
-                data.data(), scales.data(), with_mins ? mins.data() : nullptr);
+                s.at(first * groups), with_mins ? m.at(first * groups) : nullptr, data.data(),
+                scales.data(), with_mins ? mins.data() : nullptr, extras.wide);
     }
     packed.format = format;
     packed.n = n;
@@ -92,12 +128,14 @@ struct Matrix {
     packed.data = data.data();
     packed.scales = quantized ? scales.data() : nullptr;
     packed.mins = with_mins ? mins.data() : nullptr;
+    packed.wide_scales = extras.wide;
+    packed.zero_points = with_points;
     std::vector<float> back(k);
     bool equal = true;
     for (int64_t r = 0; r < n; ++r) {
       unpack_row(packed, r, back.data(), gated);
       for (int64_t i = 0; i < k; ++i) {
-        equal = equal && std::fabs(back[i] - values[r * k + i]) <= 1e-6 * std::fabs(back[i]) + 1e-9;
+        equal = equal && std::fabs(back[i] - values[r * k + i]) <= 1e-6 * std::fabs(back[i]) + 2e-6;
       }
     }
     check(equal, "unpack_row format %d n %d k %d group %d gated %d", int(format), int(n), int(k),
@@ -156,13 +194,17 @@ struct Reference {
       size = std::min(size, k);
       for (int64_t begin = 0; begin < k; begin += size) {
         const int64_t end = std::min(begin + size, k);
+        const auto outlier = [&](int64_t i) {
+          return spec.outlier_threshold > 0 && std::fabs(y[i]) > spec.outlier_threshold;
+        };
         float amax = 0;
         for (int64_t i = begin; i < end; ++i) {
-          amax = std::max(amax, std::fabs(static_cast<float>(y[i])));
+          if (!outlier(i)) amax = std::max(amax, std::fabs(static_cast<float>(y[i])));
         }
         const float inverse = amax > 1e-35f ? 127.0f / amax : 0.0f;
         for (int64_t i = begin; i < end; ++i) {
           step[i] = exact_input ? 0 : amax / 127;
+          if (outlier(i)) continue;
           y[i] = std::nearbyint(static_cast<float>(y[i]) * inverse) * (amax / 127.0f);
         }
       }
@@ -206,8 +248,8 @@ struct Case {
   LinearSpec spec;
 
   Case(Random& random, WeightFormat format, int64_t n, int64_t k, int64_t group, bool mins,
-       bool gated)
-      : matrix(random, format, n, k, group, mins, gated) {
+       bool gated, Extras extras = {})
+      : matrix(random, format, n, k, group, mins, gated, extras) {
     spec.weight = matrix.packed;
     spec.gated = gated;
   }
@@ -299,6 +341,8 @@ struct Variant {
   int64_t group;
   bool mins, int8;
   int64_t activation_group;
+  Extras extras = {};
+  float threshold = 0;
 };
 const Variant VARIANTS[] = {
     {WeightFormat::F32, 0, false, false, 0},    {WeightFormat::BF16, 0, false, false, 0},
@@ -310,6 +354,14 @@ const Variant VARIANTS[] = {
     {WeightFormat::INT4, 128, false, true, 0},  {WeightFormat::INT4, 128, true, true, 64},
     {WeightFormat::INT4, 0, false, false, 0},   {WeightFormat::INT4, 0, true, true, 9999},
     {WeightFormat::INT4, 32, false, true, 128}, {WeightFormat::INT4, 8, true, true, 8},
+    {WeightFormat::INT4, 32, false, false, 0, {false, true}},
+    {WeightFormat::INT4, 64, false, true, 0, {true, true}},
+    {WeightFormat::INT8, 32, true, true, 0, {true, false}},
+    {WeightFormat::CODEBOOK4, 64, false, false, 0},
+    {WeightFormat::CODEBOOK4, 8, false, false, 0, {true, false}},
+    {WeightFormat::CODEBOOK4, 0, false, false, 0, {true, false}},
+    {WeightFormat::INT8, 0, false, true, 9999, {}, 1.9f},  // few outliers
+    {WeightFormat::INT8, 0, false, true, 9999, {true, false}, 0.3f},  // most are
 };
 
 void test_values(const std::string& isa) {
@@ -321,9 +373,10 @@ void test_values(const std::string& isa) {
     for (const auto& shape : shapes) {
       for (int round = 0; round < 3; ++round) {
         const bool gated = round == 2 && shape[0] % 2 == 0;
-        Case c(random, v.format, shape[0], shape[1], v.group, v.mins, gated);
+        Case c(random, v.format, shape[0], shape[1], v.group, v.mins, gated, v.extras);
         c.spec.int8_activations = v.int8;
         c.spec.activation_group = v.activation_group;
+        c.spec.outlier_threshold = v.threshold;
         if (round > 0) c.add_flags(random);
         const int64_t rows[] = {1, 2, 5, 13, 27, 3};
         ++count;
@@ -331,9 +384,10 @@ void test_values(const std::string& isa) {
       }
     }
     // Many rows, many columns: blocks over rows and over columns.
-    Case c(random, v.format, 70, 1090, v.group, v.mins, true);
+    Case c(random, v.format, 70, 1090, v.group, v.mins, true, v.extras);
     c.spec.int8_activations = v.int8;
     c.spec.activation_group = v.activation_group;
+    c.spec.outlier_threshold = v.threshold;
     c.add_flags(random);
     compare(isa, c, isa == "scalar" ? 40 : 210, 2, random);
   }
@@ -342,9 +396,10 @@ void test_values(const std::string& isa) {
 void test_rows_alone(const std::string& isa) {
   Random random(2);
   for (const Variant& v : VARIANTS) {
-    Case c(random, v.format, 86, 330, v.group, v.mins, true);
+    Case c(random, v.format, 86, 330, v.group, v.mins, true, v.extras);
     c.spec.int8_activations = v.int8;
     c.spec.activation_group = v.activation_group;
+    c.spec.outlier_threshold = v.threshold;
     c.spec.norm.kind = Norm::RMS;
     c.spec.activation = Activation::SILU;
     const int64_t most = 33, k = 330, columns = 43;
@@ -383,9 +438,10 @@ void test_bad_rows(const std::string& isa) {
   Random random(3);
   const float spoilers[] = {NAN, INFINITY, -INFINITY};
   for (const Variant& v : VARIANTS) {
-    Case c(random, v.format, 40, 200, v.group, v.mins, false);
+    Case c(random, v.format, 40, 200, v.group, v.mins, false, v.extras);
     c.spec.int8_activations = v.int8;
     c.spec.activation_group = v.activation_group;
+    c.spec.outlier_threshold = v.threshold;
     const int64_t rows = 14, k = 200, n = 40;
     std::vector<float> x = random.values(rows * k);
     const std::vector<float> zeros(rows * n, 0.0f);
@@ -468,6 +524,13 @@ void test_refusals(const std::string& isa) {
   f.spec.gated = false;
   f.spec.int8_activations = true;
   check(refused(f.spec), "%s: int8 activations of f32 weights", isa.c_str());
+  Case b(random, WeightFormat::CODEBOOK4, 16, 96, 32, false, false);
+  b.spec.int8_activations = true;
+  check(refused(b.spec), "%s: int8 activations of codebook weights", isa.c_str());
+  Case o(random, WeightFormat::INT8, 16, 96, 32, false, false);
+  o.spec.int8_activations = true;
+  o.spec.outlier_threshold = 6;
+  check(refused(o.spec), "%s: outliers of a grouped weight", isa.c_str());
   check(pack_error(WeightFormat::INT4, 4, 64, 12, false) != nullptr, "int4 group 12");
   check(pack_error(WeightFormat::INT4, 4, 64, 100, false) == nullptr, "int4 group past k");
   check(pack_error(WeightFormat::BF16, 3, 64, 0, true) != nullptr, "odd gated");
@@ -477,7 +540,7 @@ void test_embed(const std::string& isa) {
   Random random(6);
   for (const Variant& v : VARIANTS) {
     const int64_t vocab = 37, width = 101;
-    Matrix table(random, v.format, vocab, width, v.group, v.mins, false);
+    Matrix table(random, v.format, vocab, width, v.group, v.mins, false, v.extras);
     std::vector<float> positions = random.values(12 * width);
     std::vector<int32_t> ids = {0, 36, 5, 5, 17}, places = {0, 3, 9, 1, 2};
     pll_batch batch = tokens(5);
