@@ -22,6 +22,8 @@ namespace {
 constexpr int32_t kUnitRows = 32;
 // Pieces per thread that are enough for an even load.
 constexpr int64_t kPieces = 4;
+// Units per thread from which on it pays to make them larger.
+constexpr int64_t kUnits = 8;
 constexpr size_t kPartialBytes = size_t(16) << 20;  // of a whole Program, over all its threads
 
 // Consecutive queries of one sequence, and the splits of their context to attend to.
@@ -39,7 +41,9 @@ struct AttentionState {
   int32_t group;       // query heads of a KV head
   int32_t padded;      // head_dim in whole vectors
   int32_t unit_rows;   // rows of the largest query tile
+  float query_scale;   // the scale, and log2(e) where no soft-cap comes before it
   int32_t num_threads;
+  int32_t unit_heads;  // KV heads of a unit of this step
   int64_t max_work;
   int64_t partials_per_thread;
   // The step's plan: pieces to run, and tiles whose pieces are joined afterwards.
@@ -52,33 +56,36 @@ struct AttentionState {
 
 size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// One thread's scratch, cut up.
+// One thread's scratch, cut up.  A chunk is what is computed together: at most kRows rows.
 struct Scratch {
-  float* q;       // [unit_rows, head_dim], chunks of kRows as [head_dim][rows]
-  float* a;       // [unit_rows, padded]
-  float* m;       // [unit_rows]
-  float* l;       // [unit_rows]
-  float* scores;  // [kRows, kSplit]
-  float* split;   // [kRows, padded]
+  float* q;        // [unit_rows, head_dim], chunks as [head_dim][rows]
+  float* a;        // [unit_rows, padded]
+  float* m;        // [unit_rows]
+  float* l;        // [unit_rows]; < 0: the row has seen no key yet
+  float* scores;   // [kRows, kSplit], of a chunk
+  float* split;    // [kRows, padded], a of a chunk's split
+  float* split_m;  // [kRows]
+  float* split_l;  // [kRows]; < 0: the row sees no key of the split
   char* partials;
 };
 
+// Returns its size; fills `out` if there is one.
 size_t cut_scratch(const AttentionState& s, void* base, Scratch* out) {
-  const size_t q = round_up(sizeof(float) * s.unit_rows * s.padded);
-  const size_t row = round_up(sizeof(float) * s.unit_rows);
-  const size_t scores = sizeof(float) * kRows * kSplit;
-  const size_t split = sizeof(float) * kRows * s.padded;
-  char* at = static_cast<char*>(base);
-  if (out) {
-    out->q = reinterpret_cast<float*>(at);
-    out->a = reinterpret_cast<float*>(at + q);
-    out->m = reinterpret_cast<float*>(at + 2 * q);
-    out->l = reinterpret_cast<float*>(at + 2 * q + row);
-    out->scores = reinterpret_cast<float*>(at + 2 * q + 2 * row);
-    out->split = reinterpret_cast<float*>(at + 2 * q + 2 * row + scores);
-    out->partials = at + 2 * q + 2 * row + scores + split;
-  }
-  return 2 * q + 2 * row + scores + split;
+  size_t used = 0;
+  auto take = [&](float* Scratch::*field, int64_t elements) {
+    if (out) out->*field = reinterpret_cast<float*>(static_cast<char*>(base) + used);
+    used += round_up(sizeof(float) * elements);
+  };
+  take(&Scratch::q, int64_t(s.unit_rows) * s.padded);
+  take(&Scratch::a, int64_t(s.unit_rows) * s.padded);
+  take(&Scratch::m, s.unit_rows);
+  take(&Scratch::l, s.unit_rows);
+  take(&Scratch::scores, kRows * kSplit);
+  take(&Scratch::split, int64_t(kRows) * s.padded);
+  take(&Scratch::split_m, kRows);
+  take(&Scratch::split_l, kRows);
+  if (out) out->partials = static_cast<char*>(base) + used;
+  return used;
 }
 
 // A partial result: m, l, then a at the next cache line.
@@ -127,6 +134,19 @@ int64_t cost(const AttentionState& s, const Work& w) {
   return int64_t(w.last - w.first) * w.count * s.group;
 }
 
+// KV heads whose few rows are computed together (in decode), as long as there is enough to share
+// out.
+int32_t heads_of_a_unit(const AttentionState& s) {
+  const int32_t all = s.spec.kv.num_kv_heads;
+  int32_t heads = s.group < kRows ? kRows / s.group : 1;
+  if (heads > all) heads = all;
+  while (heads > 1 && s.num_threads > 1 &&
+         s.num_work * ((all + heads - 1) / heads) < kUnits * s.num_threads) {
+    --heads;
+  }
+  return heads;
+}
+
 int plan_attention(void* state, const pll_batch* batch, char* error, size_t error_size) {
   AttentionState* s = static_cast<AttentionState*>(state);
   const AttentionSpec& spec = s->spec;
@@ -166,6 +186,7 @@ int plan_attention(void* state, const pll_batch* batch, char* error, size_t erro
   }
   s->num_work = n;
   s->num_joins = 0;
+  s->unit_heads = heads_of_a_unit(*s);
   if (s->num_threads <= 1) return 0;
   // A thread's fair share is total * num_kv_heads / num_threads; cut what is a good part of it.
   const int64_t share = total * spec.kv.num_kv_heads / (kPieces * s->num_threads) + 1;
@@ -206,68 +227,79 @@ struct Tensors {
   const T* v;
 };
 
-// Addresses of the tiles that keys [low, high) of a split touch; false if a block is missing.
+// Addresses of KV head 0's tiles that keys [low, high) of a split touch; false if a block is
+// missing.
 template <typename T>
-bool find_tiles(const AttentionSpec& spec, const int32_t* table, int32_t kv_head, int32_t split,
-                Range range, const Tensors<T>& tensors, SplitView<T>* view) {
+bool find_tiles(const AttentionSpec& spec, const int32_t* table, int32_t split, Range range,
+                const Tensors<T>& tensors, SplitView<T>* view) {
   const KVLayout& kv = spec.kv;
-  for (int32_t t = range.low / kTile; t * kTile < range.high; ++t) {
-    const int32_t key = split * kSplit + t * kTile;
-    const int32_t block = table[key / kv.block_size], offset = key % kv.block_size;
+  const int64_t block_elements = int64_t(kv.num_kv_heads) * kv.head_dim * kv.block_size;
+  view->k_stride = kv.block_size;
+  view->head_dim = kv.head_dim;
+  int32_t t = range.low / kTile;
+  const int32_t first = split * kSplit + t * kTile;
+  int32_t column = first / kv.block_size, offset = first % kv.block_size;
+  for (; t * kTile < range.high; ++t) {
+    const int32_t block = table[column];
     if (block < 0 || block >= kv.num_blocks) return false;
-    const int64_t base =
-        (int64_t(block) * kv.num_kv_heads + kv_head) * kv.head_dim * kv.block_size;
-    view->k[t] = tensors.k + base + offset;
-    view->v[t] = tensors.v + base + int64_t(offset) * kv.head_dim;
+    view->k[t] = tensors.k + block * block_elements + offset;
+    view->v[t] = tensors.v + block * block_elements + int64_t(offset) * kv.head_dim;
+    offset += kTile;
+    if (offset == kv.block_size) {
+      offset = 0;
+      ++column;
+    }
   }
   return true;
 }
 
 template <typename T>
-using AttendRows = void (*)(const SplitView<T>&, int64_t, int32_t, int32_t, const float*,
-                            const Range*, const ScoreMap*, float*, float*, float*, float*);
+struct Kernels {
+  void (*score)(const SplitView<T>&, const float*, Range, float*);
+  void (*weigh)(const SplitView<T>&, const Weights&, float*, int64_t);
+};
 
 template <typename T>
-AttendRows<T> attend_for(int32_t rows) {
+Kernels<T> kernels_for(int32_t rows) {
+#define PLL_KERNELS(R) \
+  case R:              \
+    return {score_split<T, R>, weigh_values<T, R>};
   switch (rows) {
-    case 1:
-      return attend_rows<T, 1>;
-    case 2:
-      return attend_rows<T, 2>;
+    PLL_KERNELS(1)
+    PLL_KERNELS(2)
 #if PLL_ISA >= PLL_ISA_AVX2
-    case 3:
-      return attend_rows<T, 3>;
-    case 4:
-      return attend_rows<T, 4>;
+    PLL_KERNELS(3)
+    PLL_KERNELS(4)
 #endif
 #if PLL_ISA >= PLL_ISA_AVX512
-    case 5:
-      return attend_rows<T, 5>;
-    case 6:
-      return attend_rows<T, 6>;
-    case 7:
-      return attend_rows<T, 7>;
-    case 8:
-      return attend_rows<T, 8>;
+    PLL_KERNELS(5)
+    PLL_KERNELS(6)
+    PLL_KERNELS(7)
+    PLL_KERNELS(8)
 #endif
     default:
-      return nullptr;
+      return {nullptr, nullptr};
   }
+#undef PLL_KERNELS
 }
 
-// Row r of a piece: query r / group, head kv_head * group + r % group.
+// Rows [first, first + n) of a piece as [head_dim][n], scaled.  Row r: query r / group, head
+// kv_head * group + r % group.
 template <typename T>
-void pack_queries(const AttentionState& s, const Work& w, int32_t kv_head,
-                  const Tensors<T>& tensors, float* packed) {
-  const int32_t head_dim = s.spec.kv.head_dim, rows = w.count * s.group;
-  for (int32_t first = 0; first < rows; first += kRows) {
-    const int32_t n = rows - first < kRows ? rows - first : kRows;
-    float* chunk = packed + int64_t(first) * head_dim;
-    for (int32_t r = 0; r < n; ++r) {
-      const int32_t token = w.token + (first + r) / s.group;
-      const int32_t head = kv_head * s.group + (first + r) % s.group;
-      const float* q = tensors.q + token * tensors.q_stride + int64_t(head) * head_dim;
-      for (int32_t d = 0; d < head_dim; ++d) chunk[d * n + r] = q[d] * s.spec.scale;
+void pack_queries(const AttentionState& s, const Work& w, int32_t kv_head, int32_t first,
+                  int32_t n, const Tensors<T>& tensors, float* packed) {
+  const int32_t head_dim = s.spec.kv.head_dim;
+  for (int32_t r = 0; r < n; ++r) {
+    const int32_t token = w.token + (first + r) / s.group;
+    const int32_t head = kv_head * s.group + (first + r) % s.group;
+    const float* q = tensors.q + token * tensors.q_stride + int64_t(head) * head_dim;
+    if (n == 1) {
+      const vf scale = vset1(s.query_scale);
+      for (int32_t d = 0; d < head_dim; d += 16) {
+        vstore_n(packed + d, vmul(vload_n(q + d, head_dim - d), scale), head_dim - d);
+      }
+    } else {
+      for (int32_t d = 0; d < head_dim; ++d) packed[d * n + r] = q[d] * s.query_scale;
     }
   }
 }
@@ -293,13 +325,87 @@ float* output_row(const AttentionState& s, const Work& w, int32_t kv_head, int32
          int64_t(head) * s.spec.kv.head_dim;
 }
 
+// Rows of a unit that are computed together: rows [first, first + rows) of KV heads
+// [kv_head, kv_head + heads).  Row r of head h stands at h * rows + r of the scratch.
+struct Chunk {
+  int32_t kv_head, heads;
+  int32_t first, rows;
+};
+
+// One split of one chunk: scores, weights and value sums, head after head so that none waits
+// for another's last step.
 template <typename T>
-void run_piece(const AttentionState& s, const Work& w, int32_t kv_head, const int32_t* table,
-               const Tensors<T>& tensors, const Scratch& scratch, const pll_context* ctx) {
+void attend_chunk(const AttentionState& s, const Work& w, int32_t split, const Chunk& c,
+                  const SplitView<T>& base, const float* q, const Scratch& scratch) {
+  const AttentionSpec& spec = s.spec;
+  const int32_t start = split * kSplit;
+  Range ranges[kRows];
+  Range touched{kSplit, 0}, shared{0, kSplit};
+  for (int32_t r = 0; r < c.rows; ++r) {
+    const int32_t position = w.position + (c.first + r) / s.group;
+    const int32_t from = first_key(spec, position) - start, to = position + 1 - start;
+    ranges[r] = Range{from > 0 ? from : 0, to < kSplit ? to : kSplit};
+    if (ranges[r].low < ranges[r].high) {
+      touched.low = ranges[r].low < touched.low ? ranges[r].low : touched.low;
+      touched.high = ranges[r].high > touched.high ? ranges[r].high : touched.high;
+    }
+    shared.low = ranges[r].low > shared.low ? ranges[r].low : shared.low;
+    shared.high = ranges[r].high < shared.high ? ranges[r].high : shared.high;
+  }
+  for (int32_t i = 0; i < c.heads * c.rows; ++i) scratch.split_l[i] = -1;
+  if (touched.low >= touched.high) return;
+  const Kernels<T> kernels = kernels_for<T>(c.rows);
+  SplitView<T> views[kRows];
+  for (int32_t h = 0; h < c.heads; ++h) {
+    const int64_t offset = int64_t(c.kv_head + h) * spec.kv.head_dim * spec.kv.block_size;
+    views[h].k_stride = base.k_stride;
+    views[h].head_dim = base.head_dim;
+    for (int32_t t = touched.low / kTile; t * kTile < touched.high; ++t) {
+      views[h].k[t] = base.k[t] + offset;
+      views[h].v[t] = base.v[t] + offset;
+    }
+    kernels.score(views[h], q + int64_t(h) * c.rows * base.head_dim, touched,
+                  scratch.scores + h * c.rows * kSplit);
+  }
+  for (int32_t i = 0; i < c.heads * c.rows; ++i) {
+    const int32_t r = i % c.rows;
+    if (ranges[r].low >= ranges[r].high) continue;
+    const int32_t head = (c.kv_head + i / c.rows) * s.group + (c.first + r) % s.group;
+    const int32_t position = w.position + (c.first + r) / s.group;
+    const ScoreMap map{spec.softcap, spec.alibi_slopes ? spec.alibi_slopes[head] * kLog2E : 0,
+                       static_cast<float>(start - position)};
+    soften(scratch.scores + i * kSplit, ranges[r], map, scratch.split_m + i,
+           scratch.split_l + i);
+  }
+  for (int32_t h = 0; h < c.heads; ++h) {
+    const Weights weights{scratch.scores + h * c.rows * kSplit, ranges, touched, shared};
+    kernels.weigh(views[h], weights, scratch.split + int64_t(h) * c.rows * s.padded, s.padded);
+  }
+}
+
+template <typename T>
+void run_piece(const AttentionState& s, const Work& w, int32_t kv_head, int32_t heads,
+               const int32_t* table, const Tensors<T>& tensors, const Scratch& scratch,
+               const pll_context* ctx) {
   const AttentionSpec& spec = s.spec;
   const int32_t rows = w.count * s.group;
-  pack_queries(s, w, kv_head, tensors, scratch.q);
-  for (int32_t r = 0; r < rows; ++r) scratch.l[r] = -1;
+  // Few rows of several heads together, else many rows of one.
+  if (heads > 1 && rows * heads > kRows) {
+    for (int32_t h = 0; h < heads; ++h) {
+      run_piece(s, w, kv_head + h, 1, table, tensors, scratch, ctx);
+    }
+    return;
+  }
+  const int32_t chunk_rows = rows < kRows ? rows : kRows;
+  for (int32_t h = 0; h < heads; ++h) {
+    for (int32_t first = 0; first < rows; first += chunk_rows) {
+      const int32_t n = rows - first < chunk_rows ? rows - first : chunk_rows;
+      pack_queries(s, w, kv_head + h, first, n, tensors,
+                   scratch.q + int64_t(h * rows + first) * spec.kv.head_dim);
+    }
+  }
+  const bool whole = w.last - w.first == 1 && w.partial < 0;
+  for (int32_t i = 0; i < heads * rows; ++i) scratch.l[i] = -1;
   SplitView<T> view;
   for (int32_t split = w.first; split < w.last; ++split) {
     const int32_t start = split * kSplit;
@@ -307,47 +413,41 @@ void run_piece(const AttentionState& s, const Work& w, int32_t kv_head, const in
     const int32_t low = first_key(spec, w.position) - start;
     const int32_t high = w.position + w.count - start;
     const Range all{low > 0 ? low : 0, high < kSplit ? high : kSplit};
-    if (!find_tiles(spec, table, kv_head, split, all, tensors, &view)) {
+    if (!find_tiles(spec, table, split, all, tensors, &view)) {
       ctx->fail(ctx, "attention: a block that a query sees is not in the block table");
       return;
     }
-    for (int32_t first = 0; first < rows; first += kRows) {
-      const int32_t n = rows - first < kRows ? rows - first : kRows;
-      Range ranges[kRows];
-      ScoreMap maps[kRows];
-      float m[kRows] = {}, l[kRows] = {};
-      for (int32_t r = 0; r < n; ++r) {
-        const int32_t position = w.position + (first + r) / s.group;
-        const int32_t from = first_key(spec, position) - start, to = position + 1 - start;
-        ranges[r] = Range{from > 0 ? from : 0, to < kSplit ? to : kSplit};
-        const int32_t head = kv_head * s.group + (first + r) % s.group;
-        maps[r] = ScoreMap{spec.softcap, spec.alibi_slopes ? spec.alibi_slopes[head] : 0,
-                           static_cast<float>(start - position)};
-      }
-      attend_for<T>(n)(view, spec.kv.block_size, spec.kv.head_dim, s.padded,
-                       scratch.q + int64_t(first) * spec.kv.head_dim, ranges, maps, scratch.scores,
-                       m, l, scratch.split);
-      for (int32_t r = 0; r < n; ++r) {
-        const bool seen = ranges[r].low < ranges[r].high;
-        const float* a = scratch.split + r * s.padded;
+    for (int32_t first = 0; first < rows; first += chunk_rows) {
+      const int32_t n = rows - first < chunk_rows ? rows - first : chunk_rows;
+      const Chunk chunk{kv_head, heads, first, n};
+      attend_chunk(s, w, split, chunk, view, scratch.q + int64_t(first) * spec.kv.head_dim,
+                   scratch);
+      for (int32_t i = 0; i < heads * n; ++i) {
+        const int32_t h = i / n, r = first + i % n;
+        // Not "l >= 0": a NaN must come through.
+        const bool seen = !(scratch.split_l[i] < 0);
+        const float* a = scratch.split + int64_t(i) * s.padded;
         if (w.partial >= 0) {
           float* partial = partial_at(
-              s, w.partial + (int64_t(split - w.first) * spec.kv.num_kv_heads + kv_head) * rows +
-                     first + r);
-          partial[0] = m[r];
-          partial[1] = seen ? l[r] : -1;
+              s, w.partial +
+                     (int64_t(split - w.first) * spec.kv.num_kv_heads + kv_head + h) * rows + r);
+          partial[0] = scratch.split_m[i];
+          partial[1] = scratch.split_l[i];
           if (seen) memcpy(partial + 16, a, s.padded * sizeof(float));
+        } else if (whole) {
+          write_row(s, a, scratch.split_l[i], output_row(s, w, kv_head + h, r, tensors));
         } else if (seen) {
-          const int64_t at = first + r;
-          join({scratch.m + at, scratch.l + at, scratch.a + at * s.padded}, m[r], l[r], a,
-               s.padded);
+          const int64_t at = h * rows + r;
+          join({scratch.m + at, scratch.l + at, scratch.a + at * s.padded}, scratch.split_m[i],
+               scratch.split_l[i], a, s.padded);
         }
       }
     }
   }
-  for (int32_t r = 0; r < rows && w.partial < 0; ++r) {
-    write_row(s, scratch.a + int64_t(r) * s.padded, scratch.l[r],
-              output_row(s, w, kv_head, r, tensors));
+  if (whole || w.partial >= 0) return;
+  for (int32_t i = 0; i < heads * rows; ++i) {
+    write_row(s, scratch.a + int64_t(i) * s.padded, scratch.l[i],
+              output_row(s, w, kv_head + i / rows, i % rows, tensors));
   }
 }
 
@@ -384,16 +484,20 @@ void run_typed(const AttentionState& s, const pll_batch* batch, const pll_tensor
     s.areas[ctx->thread] = scratch.partials;
     ctx->barrier(ctx);
   }
-  const int64_t heads = spec.kv.num_kv_heads;
-  const int64_t units = s.num_work * heads;
+  const int32_t heads = spec.kv.num_kv_heads;
+  const int64_t head_groups = (heads + s.unit_heads - 1) / s.unit_heads;
+  const int64_t units = s.num_work * head_groups;
   // Several small units at a time, since the counter is shared.
   int64_t grab = units / (int64_t(ctx->num_threads) * 16);
   if (grab < 1) grab = 1;
   for (int64_t u; (u = ctx->fetch_add(ctx, 0, grab)) < units;) {
     for (int64_t end = u + grab < units ? u + grab : units; u < end; ++u) {
-      const Work& w = s.work[u / heads];
+      const Work& w = s.work[u / head_groups];
       const int32_t* table = group.block_table + int64_t(batch->rows[w.seq]) * group.max_blocks;
-      run_piece(s, w, static_cast<int32_t>(u % heads), table, tensors, scratch, ctx);
+      const int32_t head = static_cast<int32_t>(u % head_groups) * s.unit_heads;
+      const int32_t left = heads - head;
+      run_piece(s, w, head, left < s.unit_heads ? left : s.unit_heads, table, tensors, scratch,
+                ctx);
     }
   }
   if (s.num_joins == 0) return;
@@ -449,6 +553,7 @@ pll_op make_attention(const AttentionSpec& spec) {
   AttentionState* s = new AttentionState{};
   s->spec = spec;
   s->group = spec.num_heads / spec.kv.num_kv_heads;
+  s->query_scale = spec.softcap > 0 ? spec.scale : spec.scale * kLog2E;
   s->padded = (spec.kv.head_dim + 15) / 16 * 16;
   s->unit_rows = s->group > kUnitRows ? s->group : kUnitRows / s->group * s->group;
   pll_op op{};
