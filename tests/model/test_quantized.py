@@ -343,3 +343,31 @@ def test_a_config_that_names_a_scheme_which_is_not_there(tmp_path):
         with pytest.raises(ModelError, match=message):
             open_checkpoint(path)
         shutil.rmtree(path)
+
+
+def test_matrices_that_an_architecture_fuses_or_transposes(tmp_path):
+    """Other tools store [out, in] always; GPT-2's floats are [in, out], its q, k and v one matrix."""
+    from safetensors.numpy import load_file, save_file
+    from tiny_models import TINY
+
+    path = TINY["gpt2"](tmp_path)
+    plain = open_checkpoint(path)
+    want = {name: plain.get(f"layers.1.{name}.weight") for name in ("q", "k", "v", "up")}
+    tensors = load_file(path / "model.safetensors")
+    for module in ("attn.c_attn", "mlp.c_fc"):
+        name = f"transformer.h.1.{module}.weight"
+        weight = np.ascontiguousarray(tensors.pop(name).T)
+        scb = np.abs(weight).max(axis=1)
+        tensors[name] = np.rint(weight * (127 / scb)[:, None]).astype(np.int8)
+        tensors[name.replace("weight", "SCB")] = scb
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = INT8_LAYOUTS["llm-int8"].config
+    (path / "config.json").write_text(json.dumps(config))
+    source = open_checkpoint(path)
+    for name, weight in want.items():
+        found = source.get(f"layers.1.{name}.weight")
+        assert np.abs(found - weight).max() <= np.abs(weight).max() / 250
+        assert source.raw(f"layers.1.{name}.weight").codes().outlier_threshold == 2
+    built = build_tiny(path)
+    assert "int8 x int8, above 2 in f32" in built.explain()
