@@ -346,7 +346,7 @@ def test_a_config_that_names_a_scheme_which_is_not_there(tmp_path):
 
 
 def test_matrices_that_an_architecture_fuses_or_transposes(tmp_path):
-    """Other tools store [out, in] always; GPT-2's floats are [in, out], its q, k and v one matrix."""
+    """Other tools store [out, in] always; GPT-2's floats are [in, out], its q, k, v one matrix."""
     from safetensors.numpy import load_file, save_file
     from tiny_models import TINY
 
