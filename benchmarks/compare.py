@@ -39,11 +39,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyllmlite import _native
-from pyllmlite.sizing import last_level_cache, measure_machine
-from pyllmlite.sizing.machine import LEAST_ARRAY
+from pyllmlite.sizing import dram_bandwidth, measure_machine
 
 HERE = Path(__file__).resolve().parent
-READ_SECONDS = 0.15
 SETTLE_SECONDS = 0.05
 
 
@@ -148,7 +146,6 @@ class Comparison:
                 )
             self.state = old
         self.pool = _native.ThreadPool(args.threads)
-        self.array = max(LEAST_ARRAY, 4 * last_level_cache())
 
     @property
     def file(self) -> Path | None:
@@ -195,13 +192,10 @@ class Comparison:
         self.state["engines"][name] = facts
         self.save()
 
-    def read_bandwidth(self) -> float:
-        return _native.measure_peak("read", self.pool, READ_SECONDS, self.array)
-
     def measure(self, number: int, metric: str, name: str) -> None:
         """One measurement, with the bandwidth before and after it and what others did meanwhile."""
         worker = self.workers[name]
-        before = self.read_bandwidth()
+        before = dram_bandwidth(self.pool)
         busy, used = busy_seconds(), used_seconds(worker.process.pid)
         start = time.perf_counter()
         request = {"metric": metric, "seed": number}
@@ -220,7 +214,7 @@ class Comparison:
                 "metric": metric,
                 "engine": name,
                 "tokens_per_s": answer["tokens_per_s"],
-                "dram_bandwidth": (before + self.read_bandwidth()) / 2,
+                "dram_bandwidth": (before + dram_bandwidth(self.pool)) / 2,
                 "others": max(0.0, others / capacity),
             }
         )

@@ -1,19 +1,13 @@
 #include "pyllmlite/peaks.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "pyllmlite/memory.h"
 #include "pyllmlite/thread_pool.h"
 
 namespace pyllmlite {
@@ -25,7 +19,6 @@ constexpr double kMaxSeconds = 60;
 constexpr double kRoundSeconds = 0.01;
 constexpr int64_t kMultiplyRounds = 1 << 14;
 constexpr int64_t kLine = 64;
-constexpr int64_t kHugePage = 2 << 20;
 
 // Each thread's result, so that no loop can be left out; on lines of their own.
 struct alignas(64) Result {
@@ -33,29 +26,23 @@ struct alignas(64) Result {
   uint64_t checksum;
 };
 
-// What a thread reads, of memory whose pages are as large as the system gives them: looking
-// pages up must not be what is measured.
+// What is read, in a part for each thread.
 class Memory {
  public:
-  Memory(int64_t bytes, ThreadPool& pool) : part_(bytes / pool.num_threads() / kLine * kLine) {
-    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    data_.reset(static_cast<uint64_t*>(std::aligned_alloc(kHugePage, whole)));
-    if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-    (void)madvise(data_.get(), whole, MADV_HUGEPAGE);  // no such pages: slower, not wrong
-#endif
+  Memory(int64_t bytes, ThreadPool& pool)
+      : count_(bytes / pool.num_threads() / kLine * kLine / 8),
+        data_(allocate_zeroed(static_cast<size_t>(bytes))) {
     // Written first by the thread that reads it, and so close to it.
-    pool.run([this](int thread) { std::fill_n(words(thread), count(), uint64_t{1}); });
+    pool.run([this](int thread) { std::fill_n(words(thread), count_, uint64_t{1}); });
   }
-  uint64_t* words(int thread) const { return data_.get() + thread * count(); }
-  int64_t count() const { return part_ / 8; }
+  uint64_t* words(int thread) const {
+    return static_cast<uint64_t*>(data_.get()) + thread * count_;
+  }
+  int64_t count() const { return count_; }
 
  private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  int64_t part_;
-  std::unique_ptr<uint64_t, Free> data_;
+  int64_t count_;
+  std::shared_ptr<void> data_;
 };
 
 }  // namespace

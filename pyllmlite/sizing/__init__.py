@@ -1,6 +1,6 @@
 """How fast a model can be on a machine: measured peaks, and the roofline drawn from them."""
 
-from pyllmlite.sizing.machine import Machine, last_level_cache, measure_machine
+from pyllmlite.sizing.machine import Machine, dram_bandwidth, last_level_cache, measure_machine
 from pyllmlite.sizing.roofline import Limit, Step, Work, decode, limit, prefill, work
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Step",
     "Work",
     "decode",
+    "dram_bandwidth",
     "last_level_cache",
     "limit",
     "measure_machine",

@@ -70,6 +70,16 @@ def last_level_cache(cpus: set[int] | None = None, root: Path = CPUS) -> int:
     return sum(caches.values())
 
 
+def dram_bandwidth(pool: Any, seconds: float = 0.15) -> float:
+    """Bytes per second that a ``_native.ThreadPool`` reads from an array that no cache holds.
+
+    On a shared machine it changes from minute to minute, by half and more: measure it beside
+    what it is to be compared with.
+    """
+    size = max(LEAST_ARRAY, 4 * last_level_cache())
+    return native().measure_peak("read", pool, seconds, size)
+
+
 def measure_machine(threads: int | None = None, seconds: float = 0.5, pool: Any = None) -> Machine:
     """Measure the peaks of the instruction set in use; takes about 4 to 5 times ``seconds``.
 
@@ -82,7 +92,7 @@ def measure_machine(threads: int | None = None, seconds: float = 0.5, pool: Any 
         pool = native().ThreadPool(threads or len(os.sched_getaffinity(0)))
     measure = native().measure_peak
     cache = last_level_cache()
-    dram = measure("read", pool, seconds, max(LEAST_ARRAY, 4 * cache))
+    dram = dram_bandwidth(pool, seconds)
     return Machine(
         isa=native().info()["isa"],
         threads=pool.num_threads,
