@@ -6,9 +6,10 @@
 
 For every layer shape, number of rows and format: the time of one call, GB/s of packed weights read
 (and its share of the bandwidth at that time), GMAC/s (and its share of the peak of the dtype that
-is multiplied; a multiply-accumulate is two operations).  Formats of one shape and number of rows are called in
-turn and the best call of each counts, so that they meet the same machine.  Weights stand in memory
-as often as it takes to be read from there and not from a cache, as in a model; ``--cached``: once.
+is multiplied; a multiply-accumulate is two operations).  Formats of a shape and number of rows are
+called in turn and the best call of each counts, so that they meet the same machine.  Weights stand
+in memory as often as it takes to be read from there and not from a cache, as in a model;
+``--cached``: once.
 
 ``x int8``: rows are quantized to int8 inside the op; ``x float``: they stay floats.  ``--check``
 prints every case in which int4 with int8 rows is slower than bf16, and ends with status 1 if any.
