@@ -153,7 +153,15 @@ def test_arrays_are_prompts():
         assert [o.prompt_token_ids for o in outputs] == np.atleast_2d(prompts).tolist()
 
 
-def test_ctrl_c_leaves_a_usable_engine():
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where the tests run in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_a_usable_engine(ctrl_c):
     llm = made()
     calls = itertools.count()
 
