@@ -225,10 +225,12 @@ void test_case(const Case& c, const std::string& isa) {
   for (size_t s = 0; s < world.lengths.size(); ++s) spans.push_back({int(s), 0, world.lengths[s]});
   const std::vector<float> whole = world.run(spans, 1);
   const float* at = whole.data();
+  // bf16 dot products round queries and probabilities, each by up to 2^-9 of itself.
+  const double limit = c.bf16 && isa == "avx512_bf16" ? 1e-2 : 3e-5;
   std::vector<const float*> base;
   for (size_t s = 0; s < world.lengths.size(); ++s) {
     const double e = world.difference(int(s), 0, world.lengths[s], at);
-    check(e < 3e-5, "%s %s: sequence %zu differs by %g", isa.c_str(), c.name, s, e);
+    check(e < limit, "%s %s: sequence %zu differs by %g", isa.c_str(), c.name, s, e);
     base.push_back(at);
     at += size_t(world.lengths[s]) * width;
   }

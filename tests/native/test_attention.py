@@ -72,6 +72,11 @@ class World:
         return q, k, v
 
 
+def tolerance(dtype):
+    """bf16 dot products round queries and probabilities, each by up to 2^-9 of itself."""
+    return 1e-2 if dtype == "bf16" and native().info()["isa"] == "avx512_bf16" else 2e-6
+
+
 def visible(n, window=0):
     at = torch.arange(n)
     distance = at[:, None] - at[None, :]
@@ -92,7 +97,9 @@ def test_like_torch(heads, kv_heads, head_dim, dtype, window):
             q[None], k[None], v[None], attn_mask=visible(world.lengths[s], window), enable_gqa=True
         )[0]
         want = want.transpose(0, 1).reshape(out.shape)
-        np.testing.assert_allclose(out, want, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(out, want, rtol=0, atol=tolerance(dtype))
+        # Rounding has no direction: on the whole it is far smaller than at its worst.
+        assert ((out - want.numpy()) ** 2).mean() ** 0.5 < tolerance(dtype) / 5
 
 
 def test_alibi_and_softcap():
