@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t LOCAL_VALUES = 4096, LOCAL_BYTES = 32 * 1024;
 constexpr int64_t BLOCK_ROWS = 96;          // a multiple of every max_rows
 constexpr int64_t TILE_WIDTH = 4;           // panels to a tile
+constexpr int64_t PARTY_ROWS = 48;         // prepared by a thread, from which on it keeps to them
+constexpr int32_t COUNTERS = 4;            // that an op has
 constexpr int64_t MAX_SEGMENT = 65536;      // 255 * 127 * MAX_SEGMENT fits int32
 
 struct Linear {
@@ -192,6 +194,66 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
   }
 }
 
+// The tiles of some rows.  A block of rows meets all weights before the next one does: its rows stay
+// in cache.
+struct Tiles {
+  const Linear* op;
+  const uint8_t* const* slices;
+  int64_t slice;
+  const pll_tensor* out;
+  float* acc;
+  int64_t begin = 0, end = 0, block = 0, count = 0, chunk = 1;
+  // Of a block: first tiles of `width` panels, then of `tail`.
+  int64_t width = 1, tail = 1, wide = 0, panel_tiles = 1;
+  int64_t cut = -1;  // the row whose block `groups` are of
+  int64_t num_groups = 0;
+  RowGroup groups[BLOCK_ROWS];
+
+  // Rows [first, last), for some threads to share.
+  void set_rows(int64_t first, int64_t last, int64_t threads) {
+    const LinearState& s = op->state;
+    begin = first;
+    end = last;
+    cut = -1;
+    count = 0;
+    if (first >= last) return;
+    const int64_t blocks = (last - first + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    block = round_up((last - first + blocks - 1) / blocks, s.max_rows);
+    const int64_t narrowest = s.spec.gated ? 2 : 1;
+    width = TILE_WIDTH;
+    while (width > narrowest && (s.num_panels + width - 1) / width * blocks < 4 * threads) {
+      width /= 2;
+    }
+    wide = s.num_panels / width;
+    tail = width;
+    if (blocks == 1 && threads > 1) {
+      // What does not give every thread as many tiles is cut narrower: else all wait for the last.
+      wide = wide / threads * threads;
+      const int64_t rest = s.num_panels - wide * width;
+      tail = at_most(round_up((rest + threads - 1) / threads, 2), width);
+    }
+    panel_tiles = wide + (tail > 0 ? (s.num_panels - wide * width + tail - 1) / tail : 0);
+    count = panel_tiles * blocks;
+    chunk = 1 + count / (threads * 16);
+  }
+
+  void run(int64_t tile) {
+    const LinearState& s = op->state;
+    const int64_t at = tile % panel_tiles, row = begin + tile / panel_tiles * block;
+    const int64_t first = at < wide ? at * width : wide * width + (at - wide) * tail;
+    const int64_t panels = at_most(at < wide ? width : tail, s.num_panels - first);
+    const int64_t rows = at_most(block, end - row);
+    if (rows <= 0) return;
+    if (cut != row) num_groups = cut_rows(s, slices, slice, row, row + rows, groups);
+    cut = row;
+    run_tile(*op, groups, num_groups, rows, first, panels, acc);
+    for (int64_t r = 0; r < rows; ++r) {
+      write_row(s.spec, acc + r * TILE_WIDTH * 16, first, panels,
+                static_cast<float*>(out->data) + (row + r) * out->stride[0]);
+    }
+  }
+};
+
 bool overlap(const pll_tensor& a, const pll_tensor& b, int64_t rows) {
   const char* a0 = static_cast<const char*>(a.data);
   const char* b0 = static_cast<const char*>(b.data);
@@ -252,35 +314,27 @@ void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers
     if (threads > 1) ctx->barrier(ctx);
   }
 
-  const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const int64_t block = round_up((rows + blocks - 1) / blocks, s.max_rows);
-  const int64_t narrowest = s.spec.gated ? 2 : 1;
-  int64_t width = TILE_WIDTH;
-  while (width > narrowest && (s.num_panels + width - 1) / width * blocks < 4 * threads) {
-    width /= 2;
-  }
-  const int64_t panel_tiles = (s.num_panels + width - 1) / width;
-  const int64_t tiles = panel_tiles * blocks;
-  const int64_t chunk = 1 + tiles / (threads * 16);
-  RowGroup groups[BLOCK_ROWS];
-  int64_t num_groups = 0, cut = -1;  // the block that `groups` are of
-  for (;;) {
-    const int64_t from = ctx->fetch_add(ctx, 0, chunk);
-    if (from >= tiles) break;
-    const int64_t to = at_most(from + chunk, tiles);
-    for (int64_t tile = from; tile < to; ++tile) {
-      // A block of rows meets all weights before the next one does: its rows stay in cache.
-      const int64_t first = tile % panel_tiles * width, row = tile / panel_tiles * block;
-      const int64_t panels = at_most(width, s.num_panels - first);
-      const int64_t count = at_most(block, rows - row);
-      if (count <= 0) continue;
-      if (cut != row) num_groups = cut_rows(s, slices, slice, row, row + count, groups);
-      cut = row;
-      run_tile(op, groups, num_groups, count, first, panels, acc);
-      for (int64_t r = 0; r < count; ++r) {
-        write_row(s.spec, acc + r * TILE_WIDTH * 16, first, panels,
-                  static_cast<float*>(out.data) + (row + r) * out.stride[0]);
-      }
+  Tiles tiles;
+  tiles.op = &op;
+  tiles.slices = slices;
+  tiles.slice = slice;
+  tiles.out = &out;
+  tiles.acc = acc;
+  // Where there are rows enough for it, threads keep to the rows that they prepared themselves, and
+  // help the others afterwards: rows from another core's cache cost more than weights read twice.
+  const int32_t parties = local || slice < PARTY_ROWS ? 1 : threads < COUNTERS ? threads : COUNTERS;
+  const int32_t own_party = ctx->thread * parties / threads;
+  for (int32_t i = 0; i < parties; ++i) {
+    const int32_t party = (own_party + i) % parties;
+    // The first thread of a party is the first t with t * parties / threads == party.
+    const int64_t first = (int64_t(party) * threads + parties - 1) / parties * slice;
+    const int64_t last = (int64_t(party + 1) * threads + parties - 1) / parties * slice;
+    tiles.set_rows(at_most(first, rows), at_most(last, rows), (threads + parties - 1) / parties);
+    for (;;) {
+      const int64_t from = ctx->fetch_add(ctx, party, tiles.chunk);
+      if (from >= tiles.count) break;
+      const int64_t to = at_most(from + tiles.chunk, tiles.count);
+      for (int64_t tile = from; tile < to; ++tile) tiles.run(tile);
     }
   }
 }

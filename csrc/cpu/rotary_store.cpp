@@ -29,7 +29,13 @@ void norm_head(float* x, int32_t n, const float* weight, float eps) {
 }
 
 void rotate_head(float* x, int32_t half, const float* cos, const float* sin) {
-  for (int32_t i = 0; i < half; i += 16) {
+  int32_t i = 0;
+  for (; i + 16 <= half; i += 16) {
+    const vf a = vload(x + i), b = vload(x + half + i), c = vload(cos + i), s = vload(sin + i);
+    vstore(x + i, vsub(vmul(a, c), vmul(b, s)));
+    vstore(x + half + i, vfma(b, c, vmul(a, s)));
+  }
+  if (i < half) {
     const int32_t n = half - i;
     const vf a = vload_n(x + i, n), b = vload_n(x + half + i, n);
     const vf c = vload_n(cos + i, n), s = vload_n(sin + i, n);
@@ -38,8 +44,18 @@ void rotate_head(float* x, int32_t half, const float* cos, const float* sin) {
   }
 }
 
-inline void store_one(float* to, float value) { *to = value; }
-inline void store_one(uint16_t* to, float value) { *to = f32_to_bf16(value); }
+// Column `offset` of keys [head_dim, block_size].
+inline void store_keys(float* to, const float* k, int32_t n, int64_t stride) {
+  for (int32_t i = 0; i < n; ++i) to[i * stride] = k[i];
+}
+inline void store_keys(uint16_t* to, const float* k, int32_t n, int64_t stride) {
+  uint16_t rounded[16];
+  for (int32_t i = 0; i < n; i += 16) {
+    const int32_t count = n - i < 16 ? n - i : 16;
+    vstore_bf16(rounded, vload_n(k + i, count));
+    for (int32_t j = 0; j < count; ++j) to[(i + j) * stride] = rounded[j];
+  }
+}
 inline void store_row(float* to, const float* v, int32_t n) { memcpy(to, v, sizeof(float) * n); }
 inline void store_row(uint16_t* to, const float* v, int32_t n) {
   int32_t i = 0;
@@ -54,8 +70,23 @@ void store_head(const KVLayout& kv, const float* k, const float* v, int64_t slot
   const int64_t base = (block * kv.num_kv_heads + head) * kv.head_dim * kv.block_size;
   T* keys = k_cache + base + offset;
   T* values = v_cache + base + offset * kv.head_dim;
-  for (int32_t i = 0; i < kv.head_dim; ++i) store_one(keys + int64_t(i) * kv.block_size, k[i]);
+  store_keys(keys, k, kv.head_dim, kv.block_size);
   store_row(values, v, kv.head_dim);
+}
+
+// In decode every token's slot lies in a block of its own that is no longer in any cache: a key's
+// dimensions are 32 to 64 lines apart from each other, too many for the store buffer to wait for.
+constexpr int32_t kTokensAhead = 2;
+void ask_for_slot(const KVLayout& kv, int64_t slot, int32_t head, const pll_tensor* buffers) {
+  if (slot < 0 || slot >= int64_t(kv.num_blocks) * kv.block_size) return;
+  const int64_t bytes = kv.dtype == PLL_BF16 ? 2 : 4;
+  const int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
+  const int64_t base = (block * kv.num_kv_heads + head) * kv.head_dim * kv.block_size;
+  const char* k = static_cast<const char*>(buffers[1].data) + (base + offset) * bytes;
+  const char* v = static_cast<const char*>(buffers[2].data) + (base + offset * kv.head_dim) * bytes;
+  const int64_t row = kv.block_size * bytes, step = row < 64 ? 64 : row;
+  for (int64_t at = 0; at < kv.head_dim * row; at += step) __builtin_prefetch(k + at, 1);
+  for (int64_t at = 0; at < kv.head_dim * bytes; at += 64) __builtin_prefetch(v + at, 1);
 }
 
 int plan_store(void* state, const pll_batch* batch, char* error, size_t error_size) {
@@ -102,11 +133,15 @@ void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, i
   // Units of 16 tokens by one head: neighbours share the cache lines of transposed keys.
   const int64_t chunks = (batch->num_tokens + 15) / 16;
   const int64_t units = chunks * heads;
-  for (int64_t u = units * ctx->thread / ctx->num_threads,
-               end = units * (ctx->thread + 1) / ctx->num_threads;
-       u < end; ++u) {
-    const int32_t head = static_cast<int32_t>(u / chunks);
-    const int32_t first = static_cast<int32_t>(u % chunks) * 16;
+  const int64_t threads = ctx->num_threads;
+  // Few units are dealt out in turn: the keys' heads, which cost the most, are the last ones.
+  const bool deal = chunks < threads;
+  const int64_t begin = deal ? ctx->thread : units * ctx->thread / threads;
+  const int64_t end = deal ? units : units * (ctx->thread + 1) / threads;
+  for (int64_t u = begin; u < end; u += deal ? threads : 1) {
+    // All heads of some tokens one after the other: their rows are then still in cache.
+    const int32_t head = static_cast<int32_t>(u % heads);
+    const int32_t first = static_cast<int32_t>(u / heads) * 16;
     const int32_t last = first + 16 < batch->num_tokens ? first + 16 : batch->num_tokens;
     for (int32_t t = first; t < last; ++t) {
       float* row = static_cast<float*>(qkv.data) + t * qkv.stride[0];
@@ -123,6 +158,9 @@ void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, i
         rotate_head(x, half, spec.cos + position * half, spec.sin + position * half);
       }
       if (!is_key) continue;
+      if (t + kTokensAhead < last) {
+        ask_for_slot(kv, slots[t + kTokensAhead], head - spec.num_heads, buffers);
+      }
       const int64_t slot = slots[t];
       if (slot < 0) continue;
       if (slot >= int64_t(kv.num_blocks) * kv.block_size) {

@@ -28,8 +28,14 @@ using std::chrono::nanoseconds;
 // How long a thread spins before it sleeps.  A sleep and a wake-up cost tens of microseconds:
 // spinning longer than about that loses more than it can win.  It halves when it was in vain
 // (the thread waited for may need this very CPU) and doubles when it was not.
+//
+// A sleep of less than `most` was in vain only because the spin ended too early: with `grows` that
+// doubles it too.  Else two long waits in a row would leave a thread that sleeps before every step
+// of a steady rhythm.  Not at barriers: there the other thread may have come because this one
+// slept and left it the CPU.
 struct Patience {
   nanoseconds least, most, now;
+  bool grows;
   void was(bool right) { now = right ? std::min(now * 2, most) : std::max(now / 2, least); }
 };
 constexpr nanoseconds kLeastSpin{4000};
@@ -60,8 +66,11 @@ class alignas(64) Gate {
 
   void wait(uint32_t old, Patience* patience) {
     if (phase() != old) return;
-    if (patience->most.count() > 0) {
-      const auto end = std::chrono::steady_clock::now() + patience->now;
+    const bool spins = patience->most.count() > 0;
+    std::chrono::steady_clock::time_point start;
+    if (spins) {
+      start = std::chrono::steady_clock::now();
+      const auto end = start + patience->now;
       do {
         for (int i = 0; i < 16; ++i) {
           if (phase() != old) {
@@ -71,11 +80,14 @@ class alignas(64) Gate {
           pause();
         }
       } while (std::chrono::steady_clock::now() < end);
-      patience->was(false);
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     while (phase_.load(std::memory_order_seq_cst) == old) sleep(old);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    if (spins) {
+      patience->was(patience->grows &&
+                    std::chrono::steady_clock::now() - start < patience->most);
+    }
   }
 
  private:
@@ -137,9 +149,9 @@ struct ThreadPool::State {
       : num_threads(num_threads), generation(fork_generation.load(std::memory_order_relaxed)) {
     // With fewer CPUs than threads the one waited for may need this very CPU: sleep at once.
     const bool spin = num_cpus() >= num_threads;
-    const Patience none{nanoseconds(0), nanoseconds(0), nanoseconds(0)};
-    const Patience at_barrier{kLeastSpin, kBarrierSpin, kBarrierSpin};
-    const Patience for_job{kLeastSpin, kJobSpin, kJobSpin};
+    const Patience none{nanoseconds(0), nanoseconds(0), nanoseconds(0), false};
+    const Patience at_barrier{kLeastSpin, kBarrierSpin, kBarrierSpin, false};
+    const Patience for_job{kLeastSpin, kJobSpin, kJobSpin, true};
     all_waits.assign(num_threads, spin ? Waits{at_barrier, for_job} : Waits{none, none});
     threads.reserve(num_threads - 1);
     try {
