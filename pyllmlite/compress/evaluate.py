@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pyllmlite.compress.compare import CHUNK, Score, compare
 from pyllmlite.compress.texts import Text, windows_of
@@ -16,7 +19,7 @@ from pyllmlite.core.errors import CapacityError, ConfigError
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry
 from pyllmlite.model.build import Built, build
-from pyllmlite.model.hub import DEFAULT_MODEL
+from pyllmlite.model.hub import DEFAULT_MODEL, cached
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
 
@@ -197,11 +200,20 @@ def bits_per_weight(built: Built) -> float:
 
 
 def stored_bits_per_weight(source: ModelSource) -> float:
-    """The same as the checkpoint has them."""
-    names = [n for n in source.names() if n.startswith("layers.") and n.endswith(".weight")]
-    matrices = [raw for raw in map(source.raw, names) if raw is not None and len(raw.shape) == 2]
-    count = sum(raw.shape[0] * raw.shape[1] for raw in matrices)
-    return 8 * sum(raw.nbytes for raw in matrices) / max(count, 1)
+    """The same as the checkpoint has them; tables of the columns' groups (``g_idx``) and of shapes
+    are not counted."""
+    stored, count = 0.0, 0
+    for name in source.names():
+        raw = source.raw(name) if name.startswith("layers.") and name.endswith(".weight") else None
+        if raw is None or len(raw.shape) != 2:
+            continue
+        weights = raw.shape[0] * raw.shape[1]
+        whole = max(int(np.prod(raw.base.shape)), 1)  # of which these may be some rows
+        tables = getattr(raw.base, "parts", {})
+        extra = sum(t.nbytes for word, t in tables.items() if word.endswith(("g_idx", "shape")))
+        stored += (raw.base.nbytes - extra) * weights / whole
+        count += weights
+    return 8 * stored / max(count, 1)
 
 
 def measure_speed(source: ModelSource, choice: Choice, threads: int | None) -> dict[str, Any]:
@@ -241,8 +253,12 @@ def calibrated_on(source: ModelSource, text: Text) -> str:
 
 # -- loading -----------------------------------------------------------------------------------
 def _reference_of(choice: Choice, source: ModelSource) -> Choice:
-    base = provenance(source).get("base_model")
-    if isinstance(base, str) and Path(base).exists():
+    facts = provenance(source)
+    beside = facts.get("base_path")
+    if isinstance(beside, str) and (source.path / beside).exists():
+        return Choice(os.path.normpath(source.path / beside))
+    base = facts.get("base_model")
+    if isinstance(base, str) and cached(base) is not None:
         return Choice(base)
     return Choice(choice.model)
 

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.core.errors import ModelError
@@ -85,6 +87,8 @@ def gguf_to_hf_config(source: ModelSource) -> dict[str, Any]:
     words = WORDS.get(kind, {})
     for word, value in source.config.items():
         if word != "model_type" and value is not None:
+            if isinstance(value, float):  # stored as float32: 1e-05, not 9.99999974e-06
+                value = float(str(np.float32(value)))
             config[words.get(word, word)] = value
     spec = source.spec
     config["tie_word_embeddings"] = spec.tie_embeddings

@@ -307,7 +307,9 @@ class DirectoryWriter:
             module = modules.get(name.removesuffix(".weight"))
             if module is not None and name.endswith(".weight"):
                 made = self._module_entries(module.name, result, state)
-                state["bytes"][module.name] = sum(one.nbytes for one in made)
+                state["bytes"][module.name] = sum(
+                    one.nbytes for one in made if not one.name.endswith(("g_idx", "weight_shape"))
+                )
                 entries += made
             elif name in result.changed:
                 values = rounded(name, result.changed[name], self.dtype)
