@@ -108,7 +108,7 @@ def combined(models: list[Choice], quantizers: str | None) -> list[Choice]:
     for word in quantizers.split(","):
         name, _, query = word.strip().partition("?")
         if not name:
-            raise ConfigError(f"--quantizer is a list of names joined by commas, got {quantizers!r}")
+            raise ConfigError(f"--quantizer is a list of names and commas, got {quantizers!r}")
         made.append({"quantizer": name, **parse_options(query)})
     return [Choice(m.model, {**m.options, **options}) for m in models for options in made]
 
@@ -134,7 +134,8 @@ def _print(report: Report, speed: bool) -> None:
             round(row.perplexity, 3),
         ]
         if speed:
-            cells += [round(row.prefill_tokens_per_second or 0), round(row.decode_tokens_per_second or 0)]
+            speeds = (row.prefill_tokens_per_second, row.decode_tokens_per_second)
+            cells += [round(tokens or 0) for tokens in speeds]
         rows.append(cells)
     print_table(head, rows)
     base = report.reference

@@ -23,7 +23,7 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            "--method", "-m", help="rtn, gptq, awq, ... (pyllmlite plugins); bf16, f16, f32: a cast."
+            "--method", "-m", help="rtn, gptq, awq, ... (pyllmlite plugins); bf16, f16, f32 cast."
         ),
     ] = "rtn",
     out: Annotated[
@@ -45,6 +45,13 @@ def quantize(
             "--symmetric/--asymmetric",
             help="Without zero points, or with.",
             show_default="the method's",
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help='Bits of single matrices: a JSON file such as {"layers.0.mlp_down": 8}.',
+            show_default=False,
         ),
     ] = None,
     bits_budget: Annotated[
@@ -111,7 +118,8 @@ def quantize(
     Interrupted, the same command goes on at the layer it was in.  The directory gets its name
     when it is complete.
     """
-    from pyllmlite.compress.quantize import Settings, quantize_model
+    from pyllmlite.compress.quantize import quantize_model
+    from pyllmlite.compress.settings import Settings
     from pyllmlite.core.errors import ConfigError
 
     if out is None:
@@ -121,6 +129,7 @@ def quantize(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        plan=read_plan(plan),
         bits_budget=bits_budget,
         layout=layout,
         int8_activations=int8_activations,
@@ -160,6 +169,26 @@ def quantize(
         )
         if measured["warning"]:
             print(f"beware: {measured['warning']}")
+
+
+def read_plan(path: str | None) -> dict[str, int]:
+    """A JSON file of matrices and their bits; ``ConfigError``: it is none."""
+    import json
+    from pathlib import Path
+
+    from pyllmlite.core.errors import ConfigError
+
+    if path is None:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(found, dict) or not all(type(bits) is int for bits in found.values()):
+        raise ConfigError(f'{path}: a plan is an object such as {{"layers.0.mlp_down": 8}}')
+    return found
 
 
 def clock(seconds: float) -> str:

@@ -91,12 +91,12 @@ def _calibration(calibration: dict[str, Any] | None) -> str:
 def _measured(measured: dict[str, Any]) -> list[str]:
     lines = [
         f"On {measured['windows']} windows of {measured['length']} tokens of "
-        f"`{measured['text']}`, beside the {measured['reference_dtype']} weights; inputs and KV are "
-        "floats, so that it is the weights' alone.",
+        f"`{measured['text']}`, beside the {measured['reference_dtype']} weights; inputs and KV "
+        "are floats, so that it is the weights' alone.",
         "",
         "| | this model | reference |",
         "| --- | --- | --- |",
-        f"| KL divergence, nats per token | {measured['kl']:.4f} ± {measured['kl_error']:.4f} | 0 |",
+        f"| KL divergence, nats a token | {measured['kl']:.4f} ± {measured['kl_error']:.4f} | 0 |",
         f"| same likeliest token | {measured['top1_agreement']:.1%} | |",
         f"| perplexity | {measured['perplexity']:.3f} | {measured['reference_perplexity']:.3f} |",
     ]
@@ -117,5 +117,5 @@ def _layers(layer_loss: dict[str, dict[str, float]]) -> list[str]:
         return []
     counted = Counter({name: value for value, name in flat})
     worst = counted.most_common(5)
-    lines = ["What the method measured layer by layer, the largest five (all: `quantize.json`):", ""]
+    lines = ["What the method measured, the five largest of all layers (`quantize.json`):", ""]
     return lines + [f"- {name}: {value:.3g}" for name, value in worst]

@@ -31,6 +31,7 @@ def rounded(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
         )
     if dtype == "f32":
         return np.ascontiguousarray(values, np.float32)
+    made: np.ndarray
     if dtype == "f16":
         with np.errstate(over="ignore"):
             made = values.astype(np.float16)

@@ -1,7 +1,7 @@
 """Models beside a reference, token by token, all through the engine's own Programs.
 
-A window is read in chunks: the reference's distribution over the vocabulary is in memory for a chunk
-at a time, and every other model is compared with it there.
+A window is read in chunks: the reference's distribution over the vocabulary is in memory for a
+chunk at a time, and every other model is compared with it there.
 """
 
 from __future__ import annotations

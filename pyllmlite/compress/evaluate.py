@@ -135,9 +135,9 @@ def evaluate(
     Args:
         reference: None: the float32 weights of what the first model was made from, if its directory
             says so and that is on this machine; else of the first model.
-        weights_only: Inputs and KV stay floats, so that nothing but the weights is compared; without,
-            models run as they do by default.
-        speed: Measure prefill of 512 tokens and decode of one sequence, as the models run by default.
+        weights_only: Inputs and KV stay floats, so that nothing but the weights is compared;
+            without, models run as they do by default.
+        speed: Measure prefill of 512 tokens and decode of one sequence, as models run by default.
         progress: Called with what is done, how much of it, and of how much.
     """
     if not choices:
@@ -247,7 +247,7 @@ def calibrated_on(source: ModelSource, text: Text) -> str:
     if not isinstance(calibration, dict):
         return ""
     if calibration.get("sha256") == text.sha256 or calibration.get("text") == text.name:
-        return f"it was calibrated on {text.name}, the text it is measured on: its loss is flattered"
+        return f"it was calibrated on {text.name}, which it is measured on: its loss is flattered"
     return ""
 
 

@@ -193,18 +193,24 @@ class HFView:
 
     @staticmethod
     def _other_tools(tensor: HFTensor) -> bool:
-        """Other tools store a quantized matrix [out, in], whatever the architecture's floats are."""
+        """Other tools store quantized matrices [out, in], whatever floats are."""
         return isinstance(getattr(tensor, "base", None), QuantizedTensor)
 
     def layer_names(self, layer: int) -> list[str]:
         """Names of all tensors of a decoder layer."""
-        start = self._layer_prefix(layer)
+        start = self.layer_prefix(layer)
         return [name for name in self._all if name.startswith(start)]
 
     def other_names(self) -> list[str]:
         """Names of the tensors that stand in no layer."""
-        starts = tuple(self._layer_prefix(i) for i in range(self.source.spec.num_layers))
+        starts = tuple(self.layer_prefix(i) for i in range(self.source.spec.num_layers))
         return [name for name in self._all if not name.startswith(starts)]
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with (``model.layers.3.``)."""
+        take = self._take("layers.{i}.attn_norm.weight")
+        assert take is not None
+        return take.name.split("{i}")[0].replace("{p}", self._prefix) + f"{layer}."
 
     def head_name(self) -> str:
         """Module name of the output matrix, whether it is stored or tied."""
@@ -218,11 +224,6 @@ class HFView:
 
     def _name(self, take: Take, layer: str = "") -> str:
         return take.name.replace("{p}", self._prefix).replace("{i}", layer)
-
-    def _layer_prefix(self, layer: int) -> str:
-        take = self._take("layers.{i}.attn_norm.weight")
-        assert take is not None
-        return take.name.split("{i}")[0].replace("{p}", self._prefix) + f"{layer}."
 
     def _found_prefix(self) -> str:
         """What ``{p}`` stands for in this checkpoint, from the embedding's name."""

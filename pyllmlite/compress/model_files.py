@@ -96,9 +96,9 @@ def gguf_to_hf_config(source: ModelSource) -> dict[str, Any]:
         config.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
         config["pad_token_id"] = config.get("pad_token_id")
     if kind in ("gemma2", "gemma3_text"):
-        pattern = {None: "full_attention"}
         config["layer_types"] = [
-            pattern.get(layer.window, "sliding_attention") for layer in spec.layers
+            "full_attention" if layer.window is None else "sliding_attention"
+            for layer in spec.layers
         ]
         config["hidden_activation"] = "gelu_pytorch_tanh"
         config.pop("sliding_window_pattern", None)

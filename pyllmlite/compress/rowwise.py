@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 def quantize_layers(
     view: HFView,
-    quantizer: Quantizer | None,
+    quantizer_of: Callable[[str], Quantizer] | None,
     done: Callable[[int], LayerResult | None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[LayerResult]:
     """One result a decoder layer, in order; one matrix is in memory as floats at a time.
 
     Args:
-        quantizer: Needs no calibration; None: floats stay floats.
+        quantizer_of: The quantizer of a fused matrix (``layers.3.qkv``), which needs no
+            calibration; None: floats stay floats.
         done: Gives a layer that was made before, which is not made again.
         progress: Told the name of the matrix that is next.
     Yields:
@@ -37,13 +38,13 @@ def quantize_layers(
             continue
         linears: dict[str, LinearWeight] = {}
         loss: dict[str, float] = {}
-        for module in view.modules(index) if quantizer is not None else ():
+        for module in view.modules(index) if quantizer_of is not None else ():
+            assert quantizer_of is not None
             if progress is not None:
                 progress(module.name)
             weight = view.weight(module)
             shape = LinearShape(module.name, module.kind, *module.shape)
-            assert quantizer is not None
-            made = quantizer.quantize(shape, weight)
+            made = quantizer_of(f"layers.{index}.{module.kind}").quantize(shape, weight)
             linears[module.name] = made
             loss[short_name(module.name, index)] = relative_error(weight, made)
         yield LayerResult(index, linears, {}, loss)

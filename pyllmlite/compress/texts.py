@@ -42,8 +42,8 @@ def read_text(path: str | Path | None) -> Text:
         content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: is not UTF-8 (byte {data[error.start]:#04x} at {error.start}); convert it, for "
-            "instance with iconv -t UTF-8"
+            f"{path}: is not UTF-8 (byte {data[error.start]:#04x} at {error.start}); convert it, "
+            "for instance with iconv -t UTF-8"
         ) from None
     if not content.strip():
         raise ConfigError(f"{path}: is empty")
@@ -66,8 +66,8 @@ def windows_of(text: Text, tokenizer: Any, count: int, length: int) -> list[list
     tokens = tokenizer.encode(text.content, add_special_tokens=False)
     if len(tokens) < count * body:
         raise ConfigError(
-            f"{text.name}: {len(tokens)} tokens are too few for {count} windows of {length}; give a "
-            "longer text, or fewer or shorter windows"
+            f"{text.name}: {len(tokens)} tokens are too few for {count} windows of {length}; give "
+            "a longer text, or fewer or shorter windows"
         )
     step = len(tokens) // count
     return [[*start, *tokens[i * step : i * step + body]] for i in range(count)]

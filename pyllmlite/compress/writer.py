@@ -83,11 +83,13 @@ class DirectoryWriter:
         self._check_place(force)
         if layout is not None:
             for module in view.modules(0):
-                layout.check(view.source.spec.architecture, module.transposed)
+                why = layout.refusal(view.source.spec.architecture, module.transposed)
+                if why is not None:
+                    raise ConfigError(why)
         with disk_errors(self.out, "making the directory"):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir(exist_ok=True)
-            (self.partial / STATE_FOLDER).mkdir(exist_ok=True)
+            (self.scratch).mkdir(exist_ok=True)
             self._lock = _locked(self.partial)
         try:
             self._take_up(restart)
@@ -109,6 +111,11 @@ class DirectoryWriter:
             if not self._layers and self.partial.is_dir():
                 shutil.rmtree(self.partial, ignore_errors=True)
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what a run that goes on needs again; it goes away at the end."""
+        return self.partial / STATE_FOLDER
+
     # -- layers --------------------------------------------------------------------------------
     def done(self, index: int) -> LayerResult | None:
         """A layer that is written already, as it is read back: the same values; None: it is not."""
@@ -119,8 +126,8 @@ class DirectoryWriter:
         """Write a layer.
 
         Raises:
-            ModelError: The disk is full, a matrix cannot be held by the layout, or a name is not one
-                of the layer's.
+            ModelError: The disk is full, a matrix cannot be held by the layout, or a name is not
+                one of the layer's.
         """
         entries, state = self._layer_entries(result)
         changed = [
@@ -159,8 +166,8 @@ class DirectoryWriter:
 
     # -- the end -------------------------------------------------------------------------------
     def finish(self, progress: Callable[[str], None] | None = None) -> Path:
-        """Write what stands in no layer, the config and the tokenizer; ``DIR.partial`` can be loaded
-        afterwards."""
+        """Write what stands in no layer, the config and the tokenizer; ``DIR.partial`` can be
+        loaded afterwards."""
         missing = [i for i in range(self.num_layers) if i not in self._layers]
         if missing:
             raise ModelError(f"layer {missing[0]} of {self.num_layers} was never quantized")
@@ -191,7 +198,7 @@ class DirectoryWriter:
     def publish(self) -> Path:
         """Give the complete directory its name; what stood under it goes away only then."""
         with disk_errors(self.out, "giving the directory its name"):
-            shutil.rmtree(self.partial / STATE_FOLDER, ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
             sync_directory(self.partial)
             old = None
             if self.out.is_dir() and any(self.out.iterdir()):
@@ -217,13 +224,13 @@ class DirectoryWriter:
             raise ConfigError(f"{self.out} is no directory; choose another --out")
         if self.out.is_dir() and any(self.out.iterdir()) and not force:
             raise ConfigError(
-                f"{self.out} exists; choose another --out, or --force, which replaces it when the new "
-                "one is complete"
+                f"{self.out} exists; choose another --out, or --force, which replaces it when the "
+                "new one is complete"
             )
 
     def _take_up(self, restart: bool) -> None:
         """Go on with what an earlier run left, as far as it is whole."""
-        state_file = self.partial / STATE_FOLDER / "state.json"
+        state_file = self.scratch / "state.json"
         if restart:
             self._clear()
         if not state_file.is_file():
@@ -248,8 +255,8 @@ class DirectoryWriter:
             name = differing[0]
             raise ConfigError(
                 f"{self.partial} holds an unfinished run with other settings ({name}: "
-                f"{settings.get(name)}, now {self.settings.get(name)}); go on with its settings, or "
-                "--restart, which throws it away"
+                f"{settings.get(name)}, now {self.settings.get(name)}); go on with its settings, "
+                "or --restart, which throws it away"
             )
         for word, found in layers.items():
             index = int(word)
@@ -277,13 +284,13 @@ class DirectoryWriter:
             "settings": self.settings,
             "layers": {str(i): state for i, state in sorted(self._layers.items())},
         }
-        write_text(self.partial / STATE_FOLDER / "state.json", json.dumps(state))
+        write_text(self.scratch / "state.json", json.dumps(state))
 
     def _shard_name(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{self.num_layers + 1:05}.safetensors"
 
     def _changed_file(self, index: int) -> Path:
-        return self.partial / STATE_FOLDER / f"changed-{index:05}.safetensors"
+        return self.scratch / f"changed-{index:05}.safetensors"
 
     def _layer_entries(self, result: LayerResult) -> tuple[list[Entry], dict[str, Any]]:
         names = self.view.layer_names(result.index)

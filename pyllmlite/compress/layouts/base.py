@@ -45,8 +45,9 @@ class Layout(ABC):
             )
         self.int8_activations = int8_activations
 
-    def check(self, model_type: str, transposed: bool) -> None:
-        """``ModelError``: models of this kind cannot be loaded from this layout."""
+    def refusal(self, model_type: str, transposed: bool) -> str | None:
+        """Why models of this kind cannot be loaded from this layout; None: they can."""
+        return None
 
     @abstractmethod
     def entries(self, module: str, weight: LinearWeight) -> tuple[list[Entry], Scheme]:

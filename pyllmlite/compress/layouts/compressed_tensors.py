@@ -1,9 +1,9 @@
 """compressed-tensors, which llm-compressor writes and vLLM and transformers read.
 
 pack-quantized: of a matrix ``[out, in]`` int32 ``weight_packed [out, in * bits / 32]``, codes plus
-``2^(bits - 1)`` with the lowest bits first; ``weight_shape``; ``weight_scale [out, groups]``; where a
-zero point is not in the middle ``weight_zero_point [out * bits / 32, groups]``, packed likewise along
-the outputs.  int-quantized: ``weight`` int8 and ``weight_zero_point`` int8 ``[out, groups]``.
+``2^(bits - 1)`` with the lowest bits first; ``weight_shape``; ``weight_scale [out, groups]``; where
+a zero point is not in the middle ``weight_zero_point [out * bits / 32, groups]``, packed likewise
+along the outputs.  int-quantized: ``weight`` int8 and ``weight_zero_point`` int8 ``[out, groups]``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from pyllmlite.core.weights import LinearWeight
 
 
 class _CompressedTensors(Layout):
-    def check(self, model_type: str, transposed: bool) -> None:
-        if transposed:
-            raise ModelError(
-                f"{model_type} keeps its matrices turned (Conv1D), which compressed-tensors does "
-                "not quantize; use the layout gptq"
-            )
+    def refusal(self, model_type: str, transposed: bool) -> str | None:
+        if not transposed:
+            return None
+        return (
+            f"{model_type} keeps its matrices turned (Conv1D), which compressed-tensors does not "
+            "quantize; use the layout gptq"
+        )
 
     def entries(self, module: str, weight: LinearWeight) -> tuple[list[Entry], Scheme]:
         codes = take_apart(module, weight)
         if codes.group_of is not None:
             raise ModelError(
-                f"{module}: its groups follow the order of activations, which compressed-tensors no "
-                "longer holds; quantize with static groups, or use the layout gptq"
+                f"{module}: its groups follow the order of activations, which compressed-tensors "
+                "no longer holds; quantize with static groups, or use the layout gptq"
             )
         return self._entries(module, codes), Scheme.of(codes)
 

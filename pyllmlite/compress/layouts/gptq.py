@@ -2,8 +2,8 @@
 
 Of a matrix ``[out, in]``: int32 ``qweight [in * bits / 32, out]``, codes packed along the inputs;
 ``qzeros [groups, out * bits / 32]``, zero points packed along the outputs; ``scales [groups, out]``
-float16; ``g_idx [in]``, the group of every input.  The first version of the format stores zero points
-less one, ``gptq_v2`` as they are.
+float16; ``g_idx [in]``, the group of every input.  The first version of the format stores zero
+points less one, ``gptq_v2`` as they are.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ BITS = {"int4": 4, "int8": 8}
 
 
 def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes ``[rows, n]`` from 0 as int32 ``[rows, ceil(n * bits / 32)]``, one behind the other along
-    a row, lowest bits first; the rest of the last word is zeros.  ``bits`` is 4 or 8."""
+    """Codes ``[rows, n]`` from 0 as int32 ``[rows, ceil(n * bits / 32)]``, one behind the other
+    along a row, lowest bits first; the rest of the last word is zeros.  ``bits`` is 4 or 8."""
     rows, count = codes.shape
     per_word = 32 // bits
     padded = np.pad(codes.astype(np.uint8), ((0, 0), (0, -count % per_word)))
@@ -114,13 +114,14 @@ def _zeros(name: str, weight: LinearWeight, bits: int) -> np.ndarray:
         near = np.rint(-mins / np.where(scales == 0, 1, scales))
         if not (scales * -near == mins).all():
             raise ModelError(
-                f"{name} has minima that are no multiples of its scales; the layouts of other tools "
-                "have integer zero points: quantize with zero_points=True, or symmetric"
+                f"{name} has minima that are no multiples of its scales; the layouts of other "
+                "tools have integer zero points: quantize with integer_zeros=true, or symmetric"
             )
         zeros = near.astype(np.int64) + offset
     if zeros.size and (zeros.min() < 0 or zeros.max() >= 1 << bits):
+        worst = zeros.min() if zeros.min() < 0 else zeros.max()
         raise ModelError(
-            f"{name} has a zero point of {zeros.min() if zeros.min() < 0 else zeros.max()}, outside "
-            f"its codes 0..{(1 << bits) - 1}, which the layouts cannot hold"
+            f"{name} has a zero point of {worst}, outside its codes 0..{(1 << bits) - 1}, which the "
+            "layouts cannot hold"
         )
     return zeros.astype(np.uint8)
