@@ -92,8 +92,12 @@ def gguf_to_hf_config(source: ModelSource) -> dict[str, Any]:
             config[words.get(word, word)] = value
     spec = source.spec
     config["tie_word_embeddings"] = spec.tie_embeddings
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict):
+        config["rope_scaling"] = scaling = {k: v for k, v in scaling.items() if v is not None}
     if kind == "phi3":
-        config.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        own = (scaling or {}).get("original_max_position_embeddings")
+        config["original_max_position_embeddings"] = own or config["max_position_embeddings"]
         config["pad_token_id"] = config.get("pad_token_id")
     if kind in ("gemma2", "gemma3_text"):
         config["layer_types"] = [
@@ -101,10 +105,18 @@ def gguf_to_hf_config(source: ModelSource) -> dict[str, Any]:
             for layer in spec.layers
         ]
         config["hidden_activation"] = "gelu_pytorch_tanh"
+        scale = config.pop("attention_scale", None)
+        if scale is not None:
+            config["query_pre_attn_scalar"] = float(str(np.float32(scale**-2)))
         config.pop("sliding_window_pattern", None)
     if kind == "mpt":
         config["expansion_ratio"] = spec.intermediate_size // spec.hidden_size
         config.pop("intermediate_size", None)
+        config["attn_config"] = {
+            word: int(value) if isinstance(value, float) and value.is_integer() else value
+            for word, value in config.get("attn_config", {}).items()
+            if value is not None
+        }
     if kind == "qwen2" and spec.windows == (None,):
         config["use_sliding_window"] = False
     return config

@@ -77,6 +77,7 @@ class DirectoryWriter:
         self.num_layers = view.source.spec.num_layers
         self.resumed: list[int] = []  # layers that were there already
         self._lock: IO[str] | None = None
+        self._fresh = False  # nothing of an earlier run is there
         self._layers: dict[int, dict[str, Any]] = {}
         self._sizes: dict[str, int] = {}
         self._weight_map: dict[str, str] = {}
@@ -108,7 +109,7 @@ class DirectoryWriter:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-            if not self._layers and self.partial.is_dir():
+            if self._fresh and not self._layers and self.partial.is_dir():
                 shutil.rmtree(self.partial, ignore_errors=True)
 
     @property
@@ -234,6 +235,7 @@ class DirectoryWriter:
         if restart:
             self._clear()
         if not state_file.is_file():
+            self._fresh = True
             self._clear()
             self._save_state()
             return

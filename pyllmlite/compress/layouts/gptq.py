@@ -34,7 +34,7 @@ class GPTQLayout(Layout):
     less_one = True
 
     def entries(self, module: str, weight: LinearWeight) -> tuple[list[Entry], Scheme]:
-        codes = take_apart(module, weight)
+        codes = take_apart(module, weight, short_group=True)
         with np.errstate(over="ignore"):
             scales = np.ascontiguousarray(codes.scales.T).astype(np.float16)
         if not (scales.T.astype(np.float32) == codes.scales).all():

@@ -11,6 +11,7 @@ from pyllmlite.core.errors import ModelError
 from pyllmlite.core.weights import LinearWeight
 
 BITS = {"int4": 4, "int8": 8}
+GROUP_MULTIPLE = 8  # the kernels begin a group on a multiple of 8 columns
 
 
 def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -34,7 +35,7 @@ class Codes:
         scales: ``[out, groups]``, float16 or float32.
         zeros: uint8 ``[out, groups]``: ``w = scale * (code - zero)``.
         symmetric: All zeros are ``2^(bits - 1)``.
-        group_size: Columns of a group, which divides them all; 0: the whole row.
+        group_size: Columns of a group (the last may be short); 0: the whole row.
         group_of: int32 ``[in]``: the group of every column, where groups do not lie one behind the
             other (``act_order``); else None.
     """
@@ -48,12 +49,15 @@ class Codes:
     group_of: np.ndarray | None
 
 
-def take_apart(name: str, weight: LinearWeight) -> Codes:
+def take_apart(name: str, weight: LinearWeight, short_group: bool = False) -> Codes:
     """A quantized matrix in the words of the layouts, each value exact.
 
     A group size that does not divide the columns is written as the greatest common divisor of both:
     its scales stand several times, and the short last group is one of whole ones.
 
+    Args:
+        short_group: The layout can hold a last group that is short, which is left where there is
+            no such divisor.
     Raises:
         ModelError: What no layout can hold: floats' minima, codebooks, scales of the input.
     """
@@ -95,8 +99,15 @@ def take_apart(name: str, weight: LinearWeight) -> Codes:
                 f"of {group}; use a group size that divides them, or static groups"
             )
         common = math.gcd(group, columns)
-        repeat = np.arange(columns // common) * common // group
-        scales, zeros, group = scales[:, repeat], zeros[:, repeat], common
+        if common % GROUP_MULTIPLE == 0:
+            repeat = np.arange(columns // common) * common // group
+            scales, zeros, group = scales[:, repeat], zeros[:, repeat], common
+        elif not short_group:
+            raise ModelError(
+                f"{name}: {columns} columns do not part into groups of {group}, nor into smaller "
+                f"ones that are a multiple of {GROUP_MULTIPLE}; use group size 0 (a row), or the layout "
+                "gptq"
+            )
     symmetric = bool((zeros == 1 << (bits - 1)).all())
     return Codes(bits, codes, scales, zeros, symmetric, group, group_of)
 
