@@ -107,7 +107,10 @@ def gguf_to_hf_config(source: ModelSource) -> dict[str, Any]:
         config["hidden_activation"] = "gelu_pytorch_tanh"
         scale = config.pop("attention_scale", None)
         if scale is not None:
-            config["query_pre_attn_scalar"] = float(str(np.float32(scale**-2)))
+            scalar, whole = scale**-2, round(scale**-2)
+            config["query_pre_attn_scalar"] = (
+                whole if abs(scalar - whole) < 1e-4 * scalar else scalar
+            )
         config.pop("sliding_window_pattern", None)
     if kind == "mpt":
         config["expansion_ratio"] = spec.intermediate_size // spec.hidden_size

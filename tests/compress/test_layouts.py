@@ -52,14 +52,16 @@ def written(tmp_path, layout, made):
 
 
 CASES = [
-    pytest.param(dict(rows=16, columns=32, group=8), id="plain"),
-    pytest.param(dict(rows=16, columns=32, group=8, symmetric=True), id="symmetric"),
-    pytest.param(dict(rows=13, columns=37, group=0), id="odd sizes, whole rows"),
-    pytest.param(dict(rows=1, columns=8, group=0, symmetric=True), id="one row"),
-    pytest.param(dict(rows=8, columns=48, group=32), id="a short last group"),
-    pytest.param(dict(rows=8, columns=24, group=24), id="one group"),
-    pytest.param(dict(rows=16, columns=32, group=16, bits=8), id="int8"),
-    pytest.param(dict(rows=9, columns=21, group=0, bits=8, symmetric=True), id="int8, odd sizes"),
+    pytest.param({"rows": 16, "columns": 32, "group": 8}, id="plain"),
+    pytest.param({"rows": 16, "columns": 32, "group": 8, "symmetric": True}, id="symmetric"),
+    pytest.param({"rows": 13, "columns": 37, "group": 0}, id="odd sizes, whole rows"),
+    pytest.param({"rows": 1, "columns": 8, "group": 0, "symmetric": True}, id="one row"),
+    pytest.param({"rows": 8, "columns": 48, "group": 32}, id="a short last group"),
+    pytest.param({"rows": 8, "columns": 24, "group": 24}, id="one group"),
+    pytest.param({"rows": 16, "columns": 32, "group": 16, "bits": 8}, id="int8"),
+    pytest.param(
+        {"rows": 9, "columns": 21, "group": 0, "bits": 8, "symmetric": True}, id="int8, odd sizes"
+    ),
 ]
 
 

@@ -105,8 +105,8 @@ def take_apart(name: str, weight: LinearWeight, short_group: bool = False) -> Co
         elif not short_group:
             raise ModelError(
                 f"{name}: {columns} columns do not part into groups of {group}, nor into smaller "
-                f"ones that are a multiple of {GROUP_MULTIPLE}; use group size 0 (a row), or the layout "
-                "gptq"
+                f"ones that are a multiple of {GROUP_MULTIPLE}; use group size 0 (a row), or the "
+                "layout gptq"
             )
     symmetric = bool((zeros == 1 << (bits - 1)).all())
     return Codes(bits, codes, scales, zeros, symmetric, group, group_of)
@@ -132,7 +132,7 @@ def _zeros(name: str, weight: LinearWeight, bits: int) -> np.ndarray:
     if zeros.size and (zeros.min() < 0 or zeros.max() >= 1 << bits):
         worst = zeros.min() if zeros.min() < 0 else zeros.max()
         raise ModelError(
-            f"{name} has a zero point of {worst}, outside its codes 0..{(1 << bits) - 1}, which the "
-            "layouts cannot hold"
+            f"{name} has a zero point of {worst}, outside its codes 0..{(1 << bits) - 1}, which "
+            "the layouts cannot hold"
         )
     return zeros.astype(np.uint8)
