@@ -31,7 +31,8 @@ def test_scores_by_formula():
     first = Distributions.of(one)
     for part in (slice(0, 3), slice(3, 7)):
         reference = Distributions(first.shifted[part], first.log_sum[part], first.best[part])
-        score.add(reference, reference.probabilities(), Distributions.of(two[part]), following[part])
+        found = Distributions.of(two[part])
+        score.add(reference, reference.probabilities(), found, following[part])
     assert score.mean_kl == pytest.approx(kl.mean(), rel=1e-5)
     assert score.kl_largest == pytest.approx(kl.max(), rel=1e-5)
     assert score.kl_error == pytest.approx(kl.std() / np.sqrt(7), rel=1e-4)
@@ -80,8 +81,8 @@ def test_a_written_directory_knows_what_it_was_made_from(model, tmp_path):
     report = evaluate([Choice(str(out.path))], read_text(None), windows=1, length=50, speed=False,
                       weights_only=True, threads=1)  # fmt: skip
     assert report.reference.label == "tiny"
-    assert report.rows[0].kl == pytest.approx(facts["measured"]["kl"], rel=1e-6) and facts["base_path"]
-    assert report.rows[0].kl > 0
+    assert report.rows[0].kl == pytest.approx(facts["measured"]["kl"], rel=1e-6)
+    assert report.rows[0].kl > 0 and facts["base_path"]
     assert report.rows[0].bits_per_weight == pytest.approx(facts["bits_per_weight"], abs=1e-3)
     card = (out.path / "README.md").read_text()
     for words in ("rtn", "gptq", "KL divergence", "`tiny`", "weights alone"):
