@@ -41,6 +41,10 @@ class CalibratedMethod:
                 f"method {settings.method!r} needs calibration, and this installation lacks a part "
                 f"of it: {error}"
             ) from None
+        if settings.bits_budget is not None:
+            raise ConfigError(
+                "a budget of bits is not planned yet; give the bits of single matrices: --plan FILE"
+            )
         self.num_sequences = settings.num_sequences or self.texts.DEFAULT_SEQUENCES
         positions = view.source.spec.max_position_embeddings
         self.seq_len = settings.seq_len or min(self.texts.DEFAULT_LENGTH, positions)
