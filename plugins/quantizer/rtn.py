@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ class RoundToNearest(Quantizer):
     columns (64 unless asked otherwise) share a scale and, unless ``symmetric``, a minimum;
     embedding and head, which feel errors most, are kept in 8.  Scales are rounded to f16, up,
     before the codes are computed, so that no code is cut off and a weight is off by at most
-    half a scale (and the f16 step of the minimum).  ``extra["int8_activations"]`` (on):
-    activations are quantized to int8 inside the op.
+    half a scale (and the f16 step of the minimum).  ``extra["integer_zeros"]``: not a minimum,
+    but an integer code that stands for 0, as the layouts of other tools have it.
+    ``extra["int8_activations"]`` (on): activations are quantized to int8 inside the op.
     """
 
     name = "rtn"
@@ -49,6 +51,7 @@ class RoundToNearest(Quantizer):
         self.group_size = default if needs.group_size is None else needs.group_size
         self.symmetric = bool(needs.symmetric)
         self.int8_activations = bool(needs.extra.get("int8_activations", True))
+        self.integer_zeros = bool(needs.extra.get("integer_zeros", False))
 
     def bits_per_weight(self, shape: LinearShape) -> float:
         eight = self.bits == 8 or shape.kind in ("embed", "head")
@@ -80,6 +83,14 @@ class RoundToNearest(Quantizer):
             scales = _f16_up(shape, np.maximum(np.maximum(high / 7, low / -8), 0))
             codes = _codes(groups, scales, scales.astype(np.float32) * -8, 0, 15)
             return self._made("int4", weight, codes.astype(np.uint8), scales, None, self.group_size)
+        if self.integer_zeros:  # the range reaches to 0, so that its code lies within
+            high, low = np.maximum(high, 0), np.minimum(low, 0)
+            scales = _f16_up(shape, (high - low) / 15)
+            wide = np.where(scales == 0, 1, scales).astype(np.float32)
+            zeros = np.clip(np.rint(-low / wide), 0, 15)
+            codes = _codes(groups, scales, -zeros * wide, 0, 15).astype(np.uint8)
+            made = self._made("int4", weight, codes, scales, None, self.group_size)
+            return replace(made, zero_points=zeros.astype(np.int16))
         mins = _f16_down(shape, low)
         scales = _f16_up(shape, (high - mins.astype(np.float32)) / 15)
         codes = _codes(groups, scales, mins.astype(np.float32), 0, 15)

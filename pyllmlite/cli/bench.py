@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,62 +12,7 @@ from pyllmlite.cli.generate import load
 from pyllmlite.cli.options import ENGINE, shared
 from pyllmlite.cli.output import print_json, print_table
 
-if TYPE_CHECKING:
-    from pyllmlite.core.request import RequestOutput
-    from pyllmlite.engine.llm import LLM
-
 app = typer.Typer(add_completion=False, rich_markup_mode=None, invoke_without_command=True)
-
-
-def measure(llm: LLM, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """One run of ``batch`` requests with random prompts that share nothing.
-
-    Prefill lasts until the last request has its first token; decode from there to the end, so
-    that its steps all have the full batch.
-    """
-    import random
-
-    from pyllmlite.core.sampling import SamplingParams
-
-    built = llm.built
-    draw = random.Random(batch)
-    prompts = [
-        {"prompt_token_ids": [draw.randrange(built.spec.vocab_size) for _ in range(prompt_tokens)]}
-        for _ in range(batch)
-    ]
-    params = SamplingParams(
-        max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False
-    )
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    _check(outputs)
-    metrics = [output.metrics for output in outputs if output.metrics is not None]
-    start = min(m.arrival_time for m in metrics)
-    first = max(m.first_token_time or start for m in metrics)
-    end = max(m.finished_time or start for m in metrics)
-    decoded = sum(len(o.outputs[0].token_ids) - 1 for o in outputs)
-    steps = new_tokens - 1
-    per_step = (end - first) / steps if steps else None
-    moved = sum(
-        op["bytes"] for op in built.program.describe(batch, prompt_tokens + new_tokens // 2)
-    )
-    return {
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "prefill_tokens_per_second": batch * prompt_tokens / (first - start),
-        "decode_tokens_per_second": decoded / (end - first) if decoded else None,
-        "time_to_first_token": first - start,
-        "seconds_per_step": per_step,
-        "decode_bytes_per_second": moved / per_step if per_step else None,
-    }
-
-
-def _check(outputs: list[RequestOutput]) -> None:
-    for output in outputs:
-        if output.error:
-            from pyllmlite.core.errors import StepError
-
-            raise StepError(output.error)
 
 
 def profile_by_op(profile: list[tuple[str, int, float]]) -> list[dict[str, Any]]:
@@ -108,6 +53,8 @@ def bench(
     """Measure prefill, decode, and the engine itself (bench overhead)."""
     if context.invoked_subcommand is not None:
         return
+    from pyllmlite.engine.speed import measure
+
     batches = batch or [1, 8, 32]
     engine.setdefault("max_num_seqs", max(batches))
     engine.setdefault("max_model_len", prompt_tokens + new_tokens)

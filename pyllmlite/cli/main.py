@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyllmlite.cli import bench, explain, generate, info, new_plugin, pull
+from pyllmlite.cli import bench, eval, explain, generate, info, new_plugin, pull, quantize
 
 app = typer.Typer(
     name="pyllmlite",
@@ -24,6 +24,8 @@ app.command()(pull.pull)
 app.command()(info.info)
 app.command()(info.plugins)
 app.command()(explain.explain)
+app.command()(quantize.quantize)
+app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")
 app.command("new-plugin")(new_plugin.new_plugin)
 

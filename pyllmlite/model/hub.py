@@ -65,6 +65,8 @@ ALIASES: dict[str, Alias] = {
     ),
 }
 
+SHORT = {"smollm2": "smollm2-135m"}  # names without a size
+
 
 def cache_dir() -> Path:
     """``$PYLLMLITE_HOME``, else ``$XDG_CACHE_HOME/pyllmlite``, else ``~/.cache/pyllmlite``."""
@@ -103,6 +105,7 @@ def resolve(
             was tried and what would help.
     """
     name = DEFAULT_MODEL if name_or_path is None else os.fspath(name_or_path)
+    name = SHORT.get(name.lower(), name) if not Path(name).exists() else name
     path = Path(name).expanduser()
     if path.exists():
         return path

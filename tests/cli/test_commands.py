@@ -16,7 +16,8 @@ from pyllmlite.cli.options import ENGINE, SAMPLING, parse_extra
 from pyllmlite.core.config import EngineConfig
 from pyllmlite.core.sampling import SamplingParams
 
-COMMANDS = ["run", "chat", "pull", "info", "plugins", "explain", "bench", "new-plugin"]
+COMMANDS = ["run", "chat", "pull", "info", "plugins", "explain", "bench", "new-plugin", "quantize",
+            "eval"]  # fmt: skip
 
 
 def one_error_line(done, *words, code=1):

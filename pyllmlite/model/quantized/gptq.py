@@ -81,7 +81,10 @@ class GPTQTensor(QuantizedTensor):
             raise ModelError(f"{name}: GPTQ's tensors are matrices: the checkpoint is damaged")
         if "g_idx" in parts and parts["g_idx"].shape[0]:
             columns = parts["g_idx"].shape[0]
-            bits = one_of(f"{name}: bits", packed[0] * 32 // columns, BITS)
+            # The last word may be partly empty: of the widths that fit the config's goes first.
+            fitting = [b for b in (bits, *BITS) if -(-columns * b // 32) == packed[0]]
+            found = fitting[0] if fitting else packed[0] * 32 // columns
+            bits = one_of(f"{name}: bits", found, BITS)
         else:
             columns = packed[0] * 32 // bits
         rows, groups = packed[1], scales[0]

@@ -1,0 +1,1 @@
+"""Makes a model light: quantizing layer by layer, writing checkpoints, measuring the loss."""

@@ -1,0 +1,139 @@
+"""Methods that look at what flows through the model: calibration text, then layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyllmlite.compress.layer_result import LayerResult
+from pyllmlite.core.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from pyllmlite.compress.hf_view import HFView
+    from pyllmlite.compress.settings import Settings
+
+TOKENS = "calibration.npy"
+
+
+class CalibratedMethod:
+    """Goes through the layers by :func:`pyllmlite.compress.layerwise.quantize_layers`.
+
+    Raises:
+        ConfigError: This installation has no layer walk (it needs torch).
+    """
+
+    calibrated = True
+
+    def __init__(self, view: HFView, settings: Settings) -> None:
+        self.view = view
+        self.settings = settings
+        try:
+            self.walk: Any = import_module("pyllmlite.compress.layerwise")
+            self.texts: Any = import_module("pyllmlite.compress.calibration")
+        except ImportError as error:
+            raise ConfigError(
+                f"method {settings.method!r} needs calibration, and this installation lacks a part "
+                f"of it: {error}"
+            ) from None
+        if settings.bits_budget is not None:
+            raise ConfigError(
+                "a budget of bits is not planned yet; give the bits of single matrices: --plan FILE"
+            )
+        self.num_sequences = settings.num_sequences or self.texts.DEFAULT_SEQUENCES
+        positions = view.source.spec.max_position_embeddings
+        self.seq_len = settings.seq_len or min(self.texts.DEFAULT_LENGTH, positions)
+        path = Path(settings.calibration)
+        self.text_sha256 = (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the card says of the calibration."""
+        return {
+            "text": self.settings.calibration,
+            "sha256": self.text_sha256,
+            "num_sequences": self.num_sequences,
+            "seq_len": self.seq_len,
+            "seed": self.settings.seed,
+        }
+
+    def layers(
+        self,
+        done: Callable[[int], LayerResult | None],
+        note: Callable[[str], None],
+        scratch: Path,
+    ) -> Iterator[LayerResult]:
+        """Results under the checkpoint's names; ``scratch`` keeps the tokens, so that a run that
+        goes on has the very same."""
+        settings = self.settings
+        asked = self.walk.MethodSettings(
+            quantizer=settings.method,
+            bits=settings.bits,
+            group_size=settings.group_size,
+            symmetric=settings.symmetric,
+            plan=dict(settings.plan),
+            extra=dict(settings.extra),
+        )
+        tokens = self._tokens(note, scratch)
+
+        def known(index: int) -> LayerResult | None:
+            found = done(index)
+            return None if found is None else self._renamed(found, self._theirs(index))
+
+        note("layer 0")
+        for result in self.walk.quantize_layers(self.view.source, asked, tokens, done=known):
+            ours = self.view.layer_prefix(result.index)
+            yield self._renamed(result, ours)
+            note(f"layer {result.index + 1}")
+
+    def _tokens(self, note: Callable[[str], None], scratch: Path) -> np.ndarray:
+        path = scratch / TOKENS
+        wanted = (self.num_sequences, self.seq_len)
+        if path.is_file():
+            try:
+                tokens = np.load(path, allow_pickle=False)
+            except (OSError, ValueError):
+                tokens = np.empty((0, 0), np.int32)
+            if tokens.shape == wanted:
+                return tokens
+
+        def progress(done: int, total: int) -> None:
+            note(f"calibration text: {done} of {total} sequences")
+
+        settings = self.settings
+        note("calibration text")
+        tokens = self.texts.calibration_tokens(
+            self.view.source, settings.calibration, *wanted, settings.seed, progress
+        )
+        np.save(path, tokens, allow_pickle=False)
+        return np.asarray(tokens)
+
+    def _theirs(self, index: int) -> str:
+        """transformers' prefix of a layer: the checkpoint's, with the body's own in front, which a
+        checkpoint of the body alone lacks."""
+        take = self.view.architecture.tensors["layers.{i}.attn_norm.weight"][0]
+        prefix = self.view.architecture.prefixes[0]
+        return take.name.split("{i}")[0].replace("{p}", prefix) + f"{index}."
+
+    @staticmethod
+    def _renamed(result: LayerResult, start: str) -> LayerResult:
+        """With another prefix in front of the layer's names."""
+        marker = f".{result.index}."
+
+        def name(full: str) -> str:
+            before, found, rest = ("." + full).partition(marker)
+            if not found:
+                raise ModelError(f"{full!r} is no name of layer {result.index}")
+            return start + rest
+
+        linears = {name(full): weight for full, weight in result.linears.items()}
+        changed = {name(full): values for full, values in result.changed.items()}
+        if linears.keys() == result.linears.keys() and changed.keys() == result.changed.keys():
+            return result
+        return replace(result, linears=linears, changed=changed)
