@@ -121,7 +121,8 @@ class Runner {
 
   // Few rows of several heads together, else many rows of one after the other.
   void run_heads(const Unit& unit, const Unit* following) {
-    if (unit.work->count * s.group * unit.heads <= kChunkRows) return run_unit(unit, following);
+    const int32_t rows = unit.work->count * s.group;
+    if (rows <= kRows && rows * unit.heads <= kChunkRows) return run_unit(unit, following);
     for (int32_t h = 0; h < unit.heads; ++h) {
       const Unit one{unit.work, unit.table, unit.kv_head + h, 1};
       const Unit next{unit.work, unit.table, unit.kv_head + h + 1, 1};

@@ -69,7 +69,7 @@ PLL_INLINE void score_pair_tiles(const SplitView<uint16_t>& view, const Queries&
     v[j] = view.v[tile + j] + view.v_offset;
   }
   const uint32_t* packed = view.packed_k + int64_t(tile) * pairs * kTile;
-  const uint32_t* rows[R];
+  const uint32_t* rows[R] = {};
   for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const uint32_t*>(q.data + r * q.stride);
   __m512 sums[R][N];
   for (int r = 0; r < R; ++r) {

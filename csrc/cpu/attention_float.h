@@ -48,7 +48,7 @@ PLL_INLINE void score_tiles(const SplitView<T>& view, const Queries& q, int32_t 
     k[j] = view.k[tile + j] + view.k_offset;
     v[j] = view.v[tile + j] + view.v_offset;
   }
-  const float* rows[R];
+  const float* rows[R] = {};
   for (int r = 0; r < R; ++r) rows[r] = q.data + r * q.stride;
   vf sums[R][N];
   for (int r = 0; r < R; ++r) {

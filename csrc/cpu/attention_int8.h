@@ -100,7 +100,7 @@ PLL_INLINE void score_code_tiles(const SplitView<int8_t>& view, const Queries& q
     k[j] = view.k[tile + j] + view.k_offset;
     v[j] = view.v[tile + j] + view.v_offset;
   }
-  const char* rows[R];
+  const char* rows[R] = {};
   for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const char*>(q.data + r * q.stride);
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   __m512i high[R][N], low[R][N];
@@ -366,8 +366,8 @@ PLL_INLINE float code_weights(const SplitView<int8_t>& view, float* scores, cons
   const Range range = row.range;
   const vf top = vset1(m);
   vf sum = vzero(), scaled = vzero(), high = vzero();
-  each_tile(range, [&](int32_t t, bool edge) PLL_INLINE_BODY {
-    vf p = vexp2_weight<false>(vsub(vload(scores + t), top));
+  auto one = [&](int32_t t, bool edge) PLL_INLINE_BODY {
+    vf p = vexp2_weight<true>(vsub(vload(scores + t), top));
     if (edge) p = hide(p, t, range, 0);
     sum = vadd(sum, p);
     p = vmul(p, vload(view.scales[t / kTile] + row.scales + view.value_scales));
@@ -375,6 +375,10 @@ PLL_INLINE float code_weights(const SplitView<int8_t>& view, float* scores, cons
     scaled = vadd(scaled, p);
     high = vmax(high, p);
     vstore(scores + t, p);
+  };
+  each_tile(range, one, [&](int32_t t) PLL_INLINE_BODY {
+    one(t, false);
+    one(t + kTile, false);
   });
   const float largest = vreduce_max(high), total = vreduce_add(scaled);
   const bool some = largest >= kLeastMagnitude;

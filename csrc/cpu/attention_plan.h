@@ -152,7 +152,7 @@ int64_t cost(const AttentionState& s, const Work& w) {
 // Fewer where the step's splits by heads would then not be enough to share out.
 int32_t heads_of_a_unit(const AttentionState& s, int64_t num_splits) {
   const int32_t all = s.spec.kv.num_kv_heads;
-  int32_t heads = s.group < kChunkRows ? kChunkRows / s.group : 1;
+  int32_t heads = s.group <= kRows ? kChunkRows / s.group : 1;
   if (heads > all) heads = all;
   while (heads > 1 && s.num_threads > 1 &&
          num_splits * ((all + heads - 1) / heads) < kUnits * s.num_threads) {

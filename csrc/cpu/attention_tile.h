@@ -102,12 +102,34 @@ struct Kernels {
 // powers of two are cheaper than powers of e.
 constexpr float kLog2E = 1.44269504088896f;
 
-// 2^n of a float whose low bits hold n + 127.
+// 2^x for x <= 0, at least 2^-126 or, for smaller x, less; NaN stays.  Within 2 ulp, or within 2^-18
+// where that is enough (ROUGH: weights that are rounded to bf16 or 16 bits afterwards).
 #if PLL_ISA >= PLL_ISA_AVX512
-PLL_INLINE vf power_of_low_bits(vf a) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+// The instructions for fraction and scale take x as it is, -infinity too.  (Coefficients: minimax,
+// on [0, 1], with p(0) = 1.)
+template <bool ROUGH>
+PLL_INLINE vf vexp2_weight(vf x) {
+  const vf r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)};
+  vf p;
+  if (ROUGH) {
+    p = vset1(1.34266857e-2f);
+    p = vfma(p, r, vset1(5.22424728e-2f));
+    p = vfma(p, r, vset1(2.41280213e-1f));
+    p = vfma(p, r, vset1(6.93044841e-1f));
+  } else {
+    p = vset1(2.16129163e-4f);
+    p = vfma(p, r, vset1(1.24678458e-3f));
+    p = vfma(p, r, vset1(9.67545155e-3f));
+    p = vfma(p, r, vset1(5.54852821e-2f));
+    p = vfma(p, r, vset1(2.40229309e-1f));
+    p = vfma(p, r, vset1(6.93147063e-1f));
+  }
+  p = vfma(p, r, vset1(1.0f));
+  return {_mm512_scalef_ps(p.v, x.v)};
 }
-#elif PLL_ISA == PLL_ISA_AVX2
+#else
+// 2^n of a float whose low bits hold n + 127.
+#if PLL_ISA == PLL_ISA_AVX2
 PLL_INLINE vf power_of_low_bits(vf a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.lo), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.hi), 23))};
@@ -119,10 +141,8 @@ PLL_INLINE vf power_of_low_bits(vf a) {
 }
 #endif
 
-// 2^x for x <= 0, at least 2^-126; NaN stays.  (Coefficients: Remez, on [-1/2, 1/2], with
-// p(0) = 1.)  Within 2 ulp, or within 2^-18 for weights that are ROUGH: rounded to bf16 anyway.
-// Adding 1.5 * 2^23 + 127 leaves the integral part n + 127 in the low bits, which makes 2^n by
-// a shift: a scale instruction takes twice as long.
+// Adding 1.5 * 2^23 + 127 leaves the integral part n + 127 in the low bits, which makes 2^n by a
+// shift.  (Coefficients: Remez, on [-1/2, 1/2], with p(0) = 1.)
 template <bool ROUGH>
 PLL_INLINE vf vexp2_weight(vf x) {
   const vf magic = vset1(12583039.0f);
@@ -146,6 +166,7 @@ PLL_INLINE vf vexp2_weight(vf x) {
   p = vfma(p, r, vset1(1.0f));
   return vmul(p, power_of_low_bits(t));
 }
+#endif
 
 // 16 weights to bf16.
 PLL_INLINE void store_bf16_weights(uint16_t* to, vf p) {
@@ -153,6 +174,16 @@ PLL_INLINE void store_bf16_weights(uint16_t* to, vf p) {
   _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(p.v));
 #else
   vstore_bf16(to, p);
+#endif
+}
+
+// 32 weights to bf16.
+PLL_INLINE void store_bf16_weights(uint16_t* to, vf low, vf high) {
+#if PLL_ISA >= PLL_ISA_AVX512_BF16
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+#else
+  vstore_bf16(to, low);
+  vstore_bf16(to + 16, high);
 #endif
 }
 
@@ -200,33 +231,40 @@ PLL_INLINE int32_t tile_up(int32_t key) { return (key + kTile - 1) & ~(kTile - 1
 #endif
 
 // body(t, edge) for every tile of the range, ascending; edge: the range begins or ends in it.
-template <typename BODY>
-PLL_INLINE void each_tile(Range range, BODY body) {
+// Tiles that are no edge come as pair(t), which stands for t and the next, as long as there are
+// two.
+template <typename BODY, typename PAIR>
+PLL_INLINE void each_tile(Range range, BODY body, PAIR pair) {
   const int32_t end = tile_down(range.high);
   int32_t t = tile_down(range.low);
   if (t < range.low || t >= end) {
     body(t, true);
     t += kTile;
   }
-  for (; t < end; t += kTile) body(t, false);
+  for (; t + kTile < end; t += 2 * kTile) pair(t);
+  if (t < end) {
+    body(t, false);
+    t += kTile;
+  }
   if (t < range.high) body(t, true);
 }
 
 // Products of one row to scores, in place; returns the largest.
 PLL_INLINE float finish_scores(float* scores, const Row& row, float softcap) {
   vf high = vset1(-INFINITY);
-  if (softcap > 0 || row.slope != 0) {
-    each_tile(row.range, [&](int32_t t, bool edge) PLL_INLINE_BODY {
-      vf s = map_scores(vload(scores + t), t, row, softcap);
-      if (edge) s = hide(s, t, row.range, -INFINITY);
-      vstore(scores + t, s);
-      high = vmax(high, s);
-    });
+  const bool mapped = softcap > 0 || row.slope != 0;
+  auto one = [&](int32_t t, bool edge) PLL_INLINE_BODY {
+    vf s = vload(scores + t);
+    if (mapped) s = map_scores(s, t, row, softcap);
+    if (edge) s = hide(s, t, row.range, -INFINITY);
+    if (mapped) vstore(scores + t, s);
+    high = vmax(high, s);
+  };
+  if (mapped) {
+    for (int32_t t = tile_down(row.range.low); t < row.range.high; t += kTile) one(t, true);
   } else {
-    each_tile(row.range, [&](int32_t t, bool edge) PLL_INLINE_BODY {
-      vf s = vload(scores + t);
-      if (edge) s = hide(s, t, row.range, -INFINITY);
-      high = vmax(high, s);
+    each_tile(row.range, one, [&](int32_t t) PLL_INLINE_BODY {
+      high = vmax(vmax(high, vload(scores + t)), vload(scores + t + kTile));
     });
   }
   return vreduce_max(high);
@@ -238,21 +276,35 @@ template <bool BF16>
 PLL_INLINE float weights_of(float* scores, Range range, Range touched, float m) {
   vf sum = vzero();
   const vf top = vset1(m);
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(scores);
   // Narrower weights never stand beyond what was read.
-  auto put = [&](int32_t t, vf p) {
+  auto put = [&](int32_t t, vf p) PLL_INLINE_BODY {
     if (BF16) {
-      store_bf16_weights(reinterpret_cast<uint16_t*>(scores) + t, p);
+      store_bf16_weights(narrow + t, p);
     } else {
       vstore(scores + t, p);
     }
   };
   for (int32_t t = tile_down(touched.low); t < tile_down(range.low); t += kTile) put(t, vzero());
-  each_tile(range, [&](int32_t t, bool edge) PLL_INLINE_BODY {
-    vf p = vexp2_weight<BF16>(vsub(vload(scores + t), top));
-    if (edge) p = hide(p, t, range, 0);
-    put(t, p);
-    sum = vadd(sum, p);
-  });
+  each_tile(
+      range,
+      [&](int32_t t, bool edge) PLL_INLINE_BODY {
+        vf p = vexp2_weight<BF16>(vsub(vload(scores + t), top));
+        if (edge) p = hide(p, t, range, 0);
+        put(t, p);
+        sum = vadd(sum, p);
+      },
+      [&](int32_t t) PLL_INLINE_BODY {
+        const vf low = vexp2_weight<BF16>(vsub(vload(scores + t), top));
+        const vf high = vexp2_weight<BF16>(vsub(vload(scores + t + kTile), top));
+        if (BF16) {
+          store_bf16_weights(narrow + t, low, high);
+        } else {
+          vstore(scores + t, low);
+          vstore(scores + t + kTile, high);
+        }
+        sum = vadd(vadd(sum, low), high);
+      });
   for (int32_t t = tile_up(range.high); t < touched.high; t += kTile) put(t, vzero());
   return vreduce_add(sum);
 }
