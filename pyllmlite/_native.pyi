@@ -256,7 +256,8 @@ class NormArgs:
 class KVLayout:
     def __init__(
         self, dtype: str, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int
-    ) -> None: ...
+    ) -> None:
+        """``dtype``: f32, bf16, int8 (then ops take the scales behind K and V)."""
 
 # Factories: keyword for keyword the specs of csrc/include/pyllmlite/ops.h.
 def linear(

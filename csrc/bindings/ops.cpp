@@ -98,8 +98,8 @@ KVLayout kv_layout(const std::string& dtype, int32_t num_blocks, int32_t num_kv_
                    int32_t head_dim, int32_t block_size) {
   KVLayout layout;
   layout.dtype = dtype_from_name(dtype);
-  if (layout.dtype != PLL_F32 && layout.dtype != PLL_BF16) {
-    throw py::value_error("the built-in caches keep f32 or bf16, not " + dtype);
+  if (layout.dtype != PLL_F32 && layout.dtype != PLL_BF16 && layout.dtype != PLL_I8) {
+    throw py::value_error("the built-in caches keep f32, bf16 or int8, not " + dtype);
   }
   if (num_blocks < 1 || num_kv_heads < 1 || head_dim < 1) {
     throw py::value_error("num_blocks, num_kv_heads and head_dim must be at least 1");
@@ -222,7 +222,7 @@ PyOp rotary_store(int32_t num_heads, const KVLayout& kv, int32_t kv_group, int32
   spec.q_norm = inputs.floats(q_norm, kv.head_dim, "q_norm");
   spec.k_norm = inputs.floats(k_norm, kv.head_dim, "k_norm");
   spec.qk_norm_eps = qk_norm_eps;
-  return inputs.take(make_rotary_store(spec), 1u << 0 | 1u << 1 | 1u << 2);
+  return inputs.take(make_rotary_store(spec), 1u << 0 | 1u << 1 | 1u << 2 | 1u << 3);
 }
 
 PyOp attention(int32_t num_heads, const KVLayout& kv, int32_t kv_group, float scale,

@@ -6,6 +6,7 @@
 
 #include "cpu/attention_bf16.h"
 #include "cpu/attention_float.h"
+#include "cpu/attention_int8.h"
 #include "cpu/attention_plan.h"
 #include "cpu/buffers.h"
 #include "cpu/factories.h"
@@ -44,8 +45,17 @@ class Runner {
         out_(static_cast<float*>(buffers[1].data)),
         out_stride_(buffers[1].stride[0]),
         k_(static_cast<const Element*>(buffers[2].data)),
-        v_(static_cast<const Element*>(buffers[3].data)) {
+        v_(static_cast<const Element*>(buffers[3].data)),
+        scales_(kScaled ? static_cast<const float*>(buffers[4].data) : nullptr) {
     cut_scratch(s, ctx->scratch, &scratch);
+    const KVLayout& kv = spec.kv;
+    view_.k_stride = READER::key_stride(kv.block_size);
+    view_.value_scales = kv.block_size;
+    view_.head_dim = kv.head_dim;
+    view_.packed_k = view_.packed_v = nullptr;
+    view_.finite = false;
+    head_keys_ = int64_t(READER::key_dims(kv.head_dim)) * kv.block_size;
+    head_values_ = int64_t(kv.head_dim) * kv.block_size;
   }
 
   void run() {
@@ -54,18 +64,25 @@ class Runner {
       ctx->barrier(ctx);
     }
     const int32_t heads = spec.kv.num_kv_heads;
-    const int64_t head_groups = (heads + s.unit_heads - 1) / s.unit_heads;
-    const int64_t units = s.num_work * head_groups;
+    head_groups_ = (heads + s.unit_heads - 1) / s.unit_heads;
+    num_units_ = s.num_work * head_groups_;
     // Several small units at a time, since the counter is shared.
-    int64_t grab = units / (int64_t(ctx->num_threads) * 16);
-    if (grab < 1) grab = 1;
-    for (int64_t u; (u = ctx->fetch_add(ctx, 0, grab)) < units;) {
-      for (int64_t end = u + grab < units ? u + grab : units; u < end; ++u) {
-        const Work& w = s.work[u / head_groups];
-        const int32_t head = static_cast<int32_t>(u % head_groups) * s.unit_heads;
-        run_heads({&w, group_.block_table + int64_t(batch_.rows[w.seq]) * group_.max_blocks, head,
-                   heads - head < s.unit_heads ? heads - head : s.unit_heads});
+    grab_ = num_units_ / (int64_t(ctx->num_threads) * 16);
+    if (grab_ < 1) grab_ = 1;
+    // A unit fetches the first keys of the one that follows, which therefore is taken before it
+    // runs; the last ones go to whoever comes first.
+    for (int64_t u = take(); u >= 0;) {
+      const bool ahead = next_ < end_ || u + grab_ + ctx->num_threads < num_units_;
+      int64_t following = ahead ? take() : -1;
+      const Unit unit = unit_at(u);
+      if (following >= 0) {
+        const Unit other = unit_at(following);
+        run_heads(unit, &other);
+      } else {
+        run_heads(unit, nullptr);
+        if (!ahead) following = take();
       }
+      u = following;
     }
     if (s.num_joins == 0) return;
     ctx->barrier(ctx);
@@ -79,37 +96,65 @@ class Runner {
   }
 
  private:
+  static constexpr bool kScaled = sizeof(Element) == 1;
+
+  // The next unit that is this thread's, or -1.
+  int64_t take() {
+    if (next_ == end_) {
+      next_ = ctx->fetch_add(ctx, 0, grab_);
+      end_ = next_ + grab_ < num_units_ ? next_ + grab_ : num_units_;
+      if (next_ >= num_units_) {
+        next_ = end_;
+        return -1;
+      }
+    }
+    return next_++;
+  }
+
+  Unit unit_at(int64_t u) const {
+    const Work& w = s.work[u / head_groups_];
+    const int32_t head = static_cast<int32_t>(u % head_groups_) * s.unit_heads;
+    const int32_t left = spec.kv.num_kv_heads - head;
+    return {&w, group_.block_table + int64_t(batch_.rows[w.seq]) * group_.max_blocks, head,
+            left < s.unit_heads ? left : s.unit_heads};
+  }
+
   // Few rows of several heads together, else many rows of one after the other.
-  void run_heads(const Unit& unit) {
-    if (unit.work->count * s.group * unit.heads <= kRows) return run_unit(unit);
+  void run_heads(const Unit& unit, const Unit* following) {
+    const int32_t rows = unit.work->count * s.group;
+    if (rows <= kRows && rows * unit.heads <= kChunkRows) return run_unit(unit, following);
     for (int32_t h = 0; h < unit.heads; ++h) {
-      run_unit({unit.work, unit.table, unit.kv_head + h, 1});
+      const Unit one{unit.work, unit.table, unit.kv_head + h, 1};
+      const Unit next{unit.work, unit.table, unit.kv_head + h + 1, 1};
+      run_unit(one, h + 1 < unit.heads ? &next : following);
     }
   }
 
-  void run_unit(const Unit& unit) {
+  void run_unit(const Unit& unit, const Unit* following) {
     const Work& w = *unit.work;
     const int32_t rows = w.count * s.group;
     const int32_t chunk_rows = rows < kRows ? rows : kRows;
     const bool packed = s.packs && READER::packs(rows);
-    pack_queries(unit, chunk_rows);
+    pack_queries(unit);
     for (int32_t i = 0; i < unit.heads * rows; ++i) scratch.l[i] = -1;
     for (int32_t split = w.first; split < w.last; ++split) {
-      const int32_t start = split * kSplit;
-      // Keys that any of the queries sees: from the first one's window to the last one.
-      const Range all = in_split(first_key(spec, w.position), w.position + w.count, start);
+      // Keys that any of the queries sees.
+      const Range all = seen(w, split);
       if (!find_tiles(unit, split, all)) {
         ctx->fail(ctx, "attention: a block that a query sees is not in the block table");
         return;
       }
-      view_.packed_k = view_.packed_v = nullptr;
       if (packed) {
         uint32_t* keys = reinterpret_cast<uint32_t*>(scratch.packed_k);
         uint32_t* values = reinterpret_cast<uint32_t*>(scratch.packed_v);
-        view_.offset = head_offset(unit.kv_head);
-        READER::pack_split(view_, all, keys, values);
+        look_at(unit.kv_head);
+        view_.finite = READER::pack_split(view_, all, keys, values);
         view_.packed_k = keys;
         view_.packed_v = values;
+      } else if (split + 1 < w.last) {
+        look_ahead(unit, split + 1);
+      } else if (following) {
+        look_ahead(*following, following->work->first);
       }
       for (int32_t first = 0; first < rows; first += chunk_rows) {
         const Chunk chunk{first, rows - first < chunk_rows ? rows - first : chunk_rows};
@@ -124,45 +169,42 @@ class Runner {
     }
   }
 
+  // From the first query's window to the last query.
+  Range seen(const Work& w, int32_t split) const {
+    return in_split(first_key(spec, w.position), w.position + w.count, split * kSplit);
+  }
+
   static Range in_split(int32_t low, int32_t high, int32_t start) {
     return Range{low > start ? low - start : 0, high - start < kSplit ? high - start : kSplit};
   }
 
-  int64_t head_offset(int32_t kv_head) const {
-    return int64_t(kv_head) * spec.kv.head_dim * spec.kv.block_size;
-  }
-
   // Row r of a head: query r / group, query head kv_head * group + r % group.
-  void pack_queries(const Unit& unit, int32_t chunk_rows) {
+  void pack_queries(const Unit& unit) {
     const Work& w = *unit.work;
     const int32_t rows = w.count * s.group;
     for (int32_t h = 0; h < unit.heads; ++h) {
       for (int32_t r = 0; r < rows; ++r) {
-        const int32_t first = r / chunk_rows * chunk_rows;
-        const int32_t n = rows - first < chunk_rows ? rows - first : chunk_rows;
         const int32_t head = (unit.kv_head + h) * s.group + r % s.group;
         const float* q =
             q_ + (w.token + r / s.group) * q_stride_ + int64_t(head) * spec.kv.head_dim;
-        READER::pack_query(q, spec.kv.head_dim, s.query_scale, r - first, n,
-                           scratch.q + int64_t(h * rows + first) * s.padded);
+        READER::pack_query(q, spec.kv.head_dim, s.query_scale,
+                           scratch.q + int64_t(h * rows + r) * s.padded);
       }
     }
   }
 
-  // Fills view_ with KV head 0's tiles that the range touches; false if a block is missing.
-  bool find_tiles(const Unit& unit, int32_t split, Range range) {
+  // body(t, block, offset) for the tiles of a split that the range touches; false if a block is
+  // missing.
+  template <typename BODY>
+  bool each_block(const Unit& unit, int32_t split, Range range, BODY body) const {
     const KVLayout& kv = spec.kv;
-    const int64_t block_elements = int64_t(kv.num_kv_heads) * kv.head_dim * kv.block_size;
-    view_.k_stride = kv.block_size;
-    view_.head_dim = kv.head_dim;
     int32_t t = range.low / kTile;
     const int32_t first = split * kSplit + t * kTile;
     int32_t column = first / kv.block_size, offset = first % kv.block_size;
     for (; t * kTile < range.high; ++t) {
       const int32_t block = unit.table[column];
       if (block < 0 || block >= kv.num_blocks) return false;
-      view_.k[t] = k_ + block * block_elements + offset;
-      view_.v[t] = v_ + block * block_elements + int64_t(offset) * kv.head_dim;
+      body(t, block, offset);
       offset += kTile;
       if (offset == kv.block_size) {
         offset = 0;
@@ -172,13 +214,49 @@ class Runner {
     return true;
   }
 
+  const Element* keys_at(int64_t block, int32_t offset) const {
+    return k_ + block * spec.kv.num_kv_heads * head_keys_ + offset * READER::kDims;
+  }
+  const float* scales_at(int64_t block, int32_t offset) const {
+    return scales_ + block * spec.kv.num_kv_heads * 2 * spec.kv.block_size + offset;
+  }
+
+  // Fills view_ with KV head 0's tiles that the range touches; false if a block is missing.
+  bool find_tiles(const Unit& unit, int32_t split, Range range) {
+    const KVLayout& kv = spec.kv;
+    next_head_ = unit.kv_head;
+    return each_block(unit, split, range, [&](int32_t t, int64_t block, int32_t offset) {
+      // What is read now is fetched again unless look_ahead says better.
+      view_.k[t] = view_.next_k[t] = keys_at(block, offset);
+      view_.v[t] = v_ + block * kv.num_kv_heads * head_values_ + int64_t(offset) * kv.head_dim;
+      if (kScaled) view_.scales[t] = view_.next_scales[t] = scales_at(block, offset);
+    });
+  }
+
+  // What is fetched while view_'s tiles are read.  (A missing block is found when it is read.)
+  void look_ahead(const Unit& unit, int32_t split) {
+    each_block(unit, split, seen(*unit.work, split),
+               [&](int32_t t, int64_t block, int32_t offset) {
+                 view_.next_k[t] = keys_at(block, offset);
+                 if (kScaled) view_.next_scales[t] = scales_at(block, offset);
+               });
+    next_head_ = unit.kv_head;
+  }
+
+  // Turns view_ to a head.
+  void look_at(int32_t kv_head) {
+    view_.k_offset = kv_head * head_keys_;
+    view_.v_offset = kv_head * head_values_;
+    view_.scale_offset = int64_t(kv_head) * 2 * spec.kv.block_size;
+  }
+
   // One split of one chunk, phase by phase, so that no head waits for another's last step:
   // leaves m, l and a in the scratch.
   void attend(const Unit& unit, int32_t split, const Chunk& c, bool packed) {
     const Work& w = *unit.work;
     const int32_t start = split * kSplit, num_rows = unit.heads * c.rows;
     Range ranges[kRows];
-    Row rows[kRows];
+    Row rows[kChunkRows];
     Range touched{kSplit, 0}, shared{0, kSplit};
     for (int32_t i = 0; i < num_rows; ++i) {
       const int32_t h = i / c.rows, r = i % c.rows;
@@ -186,7 +264,8 @@ class Runner {
       const Range range = in_split(first_key(spec, position), position + 1, start);
       const int32_t head = (unit.kv_head + h) * s.group + (c.first + r) % s.group;
       rows[i] = Row{range, spec.alibi_slopes ? spec.alibi_slopes[head] * kLog2E : 0,
-                    static_cast<float>(start - position)};
+                    static_cast<float>(start - position),
+                    int64_t(unit.kv_head + h) * 2 * spec.kv.block_size};
       if (h > 0) continue;
       ranges[r] = range;
       if (range.low < range.high) {
@@ -198,15 +277,18 @@ class Runner {
     }
     const Kernels<Element> kernels = READER::kernels(c.rows, packed);
     for (int32_t h = 0; h < unit.heads && touched.low < touched.high; ++h) {
-      view_.offset = head_offset(unit.kv_head + h);
-      kernels.score(view_, scratch.q + int64_t(h * c.rows + c.first) * s.padded, touched,
-                    scratch.scores + h * c.rows * kSplit);
+      look_at(unit.kv_head + h);
+      const float* q = scratch.q + int64_t(h * unit.work->count * s.group + c.first) * s.padded;
+      kernels.score(view_, {q, s.padded}, touched, scratch.scores + h * c.rows * kSplit);
     }
-    soften<READER::kBf16Weights>(scratch.scores, rows, num_rows, spec.softcap, scratch.split_m,
-                                 scratch.split_l);
+    READER::soften(view_, scratch.scores, rows, num_rows, touched, spec.softcap, scratch.split_m,
+                   scratch.split_l, scratch.factors);
     for (int32_t h = 0; h < unit.heads && touched.low < touched.high; ++h) {
-      view_.offset = head_offset(unit.kv_head + h);
-      const Weights weights{scratch.scores + h * c.rows * kSplit, ranges, touched, shared};
+      look_at(unit.kv_head + h);
+      view_.next_k_offset = (next_head_ + h) * head_keys_;
+      view_.next_scale_offset = int64_t(next_head_ + h) * 2 * spec.kv.block_size;
+      const Weights weights{scratch.scores + h * c.rows * kSplit, scratch.factors + h * c.rows,
+                            ranges, touched, shared};
       kernels.weigh(view_, weights, scratch.split + int64_t(h) * c.rows * s.padded, s.padded);
     }
   }
@@ -274,8 +356,12 @@ class Runner {
   int64_t out_stride_;
   const Element* k_;
   const Element* v_;
+  const float* scales_;
+  int64_t head_keys_, head_values_;  // elements of a block that are one head's
+  int64_t head_groups_ = 0, num_units_ = 0, grab_ = 1, next_ = 0, end_ = 0;
   Scratch scratch;
-  SplitView<Element> view_;
+  SplitView<Element> view_{};
+  int32_t next_head_ = 0;  // of what is fetched ahead
 };
 
 #if PLL_ISA >= PLL_ISA_AVX512_BF16
@@ -288,16 +374,15 @@ int check_attention(void* state, const pll_tensor* buffers, int32_t num_buffers,
                     int32_t max_num_tokens, int32_t, char* error, size_t error_size) {
   const AttentionSpec& spec = static_cast<AttentionState*>(state)->spec;
   const KVLayout& kv = spec.kv;
-  const int64_t cache = saturating_product(saturating_product(kv.num_blocks, kv.num_kv_heads),
-                                           int64_t(kv.head_dim) * kv.block_size);
   const int64_t width = int64_t(spec.num_heads) * kv.head_dim;
   const BufferNeed needs[] = {
       {"qkv", PLL_F32, max_num_tokens, width},
       {"out", PLL_F32, max_num_tokens, width},
-      {"k_cache", kv.dtype, 0, cache},
-      {"v_cache", kv.dtype, 0, cache},
+      {"k_cache", kv.dtype, 0, kv_elements(kv, KVPart::KEYS)},
+      {"v_cache", kv.dtype, 0, kv_elements(kv, KVPart::VALUES)},
+      {"kv_scales", PLL_F32, 0, kv_elements(kv, KVPart::SCALES)},
   };
-  return check_buffers(needs, 4, buffers, num_buffers, error, error_size);
+  return check_buffers(needs, kv.dtype == PLL_I8 ? 5 : 4, buffers, num_buffers, error, error_size);
 }
 
 void run_attention(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
@@ -309,6 +394,8 @@ void run_attention(void* state, const pll_batch* batch, const pll_tensor* buffer
   }
   if (s.spec.kv.dtype == PLL_BF16) {
     Runner<StoredBf16Reader>(s, batch, buffers, ctx).run();
+  } else if (s.spec.kv.dtype == PLL_I8) {
+    Runner<Int8Reader>(s, batch, buffers, ctx).run();
   } else {
     Runner<FloatReader<float>>(s, batch, buffers, ctx).run();
   }

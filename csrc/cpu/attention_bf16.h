@@ -57,18 +57,20 @@ PLL_INLINE __m512i value_pair(const uint16_t* v, int32_t head_dim, __mmask16 lan
 
 PLL_INLINE int32_t pairs_of(int32_t n) { return (n + 1) / 2; }
 
-// Scores of N tiles.  q: [pairs of dimensions][R].
+// Scores of N tiles.  A row of q: pairs of dimensions.
 template <int R, int N, bool PACKED>
-PLL_INLINE void score_pair_tiles(const SplitView<uint16_t>& view, const uint32_t* q, int32_t tile,
+PLL_INLINE void score_pair_tiles(const SplitView<uint16_t>& view, const Queries& q, int32_t tile,
                                  float* scores) {
   const int32_t pairs = pairs_of(view.head_dim);
   const uint16_t* k[N];
   const uint16_t* v[N];
   for (int j = 0; j < N && !PACKED; ++j) {
-    k[j] = view.k[tile + j] + view.offset;
-    v[j] = view.v[tile + j] + view.offset;
+    k[j] = view.k[tile + j] + view.k_offset;
+    v[j] = view.v[tile + j] + view.v_offset;
   }
   const uint32_t* packed = view.packed_k + int64_t(tile) * pairs * kTile;
+  const uint32_t* rows[R] = {};
+  for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const uint32_t*>(q.data + r * q.stride);
   __m512 sums[R][N];
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < N; ++j) sums[r][j] = _mm512_setzero_ps();
@@ -80,12 +82,11 @@ PLL_INLINE void score_pair_tiles(const SplitView<uint16_t>& view, const uint32_t
         keys[j] = as_bf16(_mm512_load_si512(packed + (int64_t(j) * pairs + i) * kTile));
       } else {
         keys[j] = as_bf16(key_pair(k[j], view.k_stride, i, view.head_dim));
-        // A tile of V has as many bytes as one of K.
-        __builtin_prefetch(v[j] + i * 2 * kTile);
+        fetch(v[j] + i * 2 * kTile);  // a tile of V has as many bytes as one of K
       }
     }
     for (int r = 0; r < R; ++r) {
-      const __m512bh x = as_bf16(_mm512_set1_epi32(static_cast<int32_t>(q[i * R + r])));
+      const __m512bh x = as_bf16(_mm512_set1_epi32(static_cast<int32_t>(rows[r][i])));
       for (int j = 0; j < N; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], x, keys[j]);
     }
   }
@@ -97,19 +98,18 @@ PLL_INLINE void score_pair_tiles(const SplitView<uint16_t>& view, const uint32_t
 }
 
 template <int R, bool PACKED>
-void score_pairs(const SplitView<uint16_t>& view, const void* q, Range touched, float* scores) {
+void score_pairs(const SplitView<uint16_t>& view, const Queries& q, Range touched, float* scores) {
   constexpr int N = pair_vectors_for(R);
-  const uint32_t* queries = static_cast<const uint32_t*>(q);
   const int32_t last = (touched.high + kTile - 1) / kTile;
   int32_t tile = touched.low / kTile;
   for (; tile + N <= last; tile += N) {
-    score_pair_tiles<R, N, PACKED>(view, queries, tile, scores);
+    score_pair_tiles<R, N, PACKED>(view, q, tile, scores);
   }
   if (N > 2 && tile + 2 <= last) {
-    score_pair_tiles<R, 2, PACKED>(view, queries, tile, scores);
+    score_pair_tiles<R, 2, PACKED>(view, q, tile, scores);
     tile += 2;
   }
-  for (; tile < last; ++tile) score_pair_tiles<R, 1, PACKED>(view, queries, tile, scores);
+  for (; tile < last; ++tile) score_pair_tiles<R, 1, PACKED>(view, q, tile, scores);
 }
 
 // Which of keys `key` and `key + 1` a row sees, for each lane.
@@ -131,7 +131,7 @@ PLL_INLINE void weigh_pair_columns(const SplitView<uint16_t>& view, int32_t vect
     for (int j = 0; j < N; ++j) sums[r][j] = _mm512_setzero_ps();
   }
   for (int32_t t = w.touched.low / kTile; t * kTile < w.touched.high; ++t) {
-    const uint16_t* v = PACKED ? nullptr : view.v[t] + view.offset + 16 * vector;
+    const uint16_t* v = PACKED ? nullptr : view.v[t] + view.v_offset + 16 * vector;
     auto values_of = [&](int32_t pair, __m512i(&values)[N]) {
       for (int j = 0; j < N; ++j) {
         if (PACKED) {
@@ -140,11 +140,13 @@ PLL_INLINE void weigh_pair_columns(const SplitView<uint16_t>& view, int32_t vect
         } else {
           values[j] = value_pair<PARTIAL>(v + int64_t(2 * pair) * head_dim + 16 * j, head_dim,
                                           lanes);
+          fetch_keys(view, t, (vector + j) * kTilePairs + pair);
         }
       }
     };
     const uint32_t* p = reinterpret_cast<const uint32_t*>(w.p) + t * kTilePairs;
-    if (t * kTile >= w.shared.low && (t + 1) * kTile <= w.shared.high) {
+    if ((PACKED && view.finite) ||
+        (t * kTile >= w.shared.low && (t + 1) * kTile <= w.shared.high)) {
       for (int32_t pair = 0; pair < kTilePairs; ++pair) {
         __m512i values[N];
         values_of(pair, values);
@@ -199,45 +201,53 @@ void weigh_pairs(const SplitView<uint16_t>& view, const Weights& w, float* a, in
 // How a bf16 cache is read on AVX512-BF16.
 struct Bf16Reader {
   using Element = uint16_t;
-  static constexpr bool kBf16Weights = true;
 
-  // Row r of a chunk's n into [pairs of dimensions][n].
-  static void pack_query(const float* q, int32_t head_dim, float scale, int32_t r, int32_t n,
-                         void* chunk) {
-    uint32_t* to = static_cast<uint32_t*>(chunk) + r;
+  static constexpr int kDims = 1;
+  static int32_t key_dims(int32_t head_dim) { return head_dim; }
+  static int64_t key_stride(int32_t block_size) { return block_size; }
+
+  static void pack_query(const float* q, int32_t head_dim, float scale, float* to) {
     for (int32_t d = 0; d < head_dim; d += 32) {
       const vf low = vmul(vload_n(q + d, head_dim - d), vset1(scale));
       const vf high =
           d + 16 < head_dim ? vmul(vload_n(q + d + 16, head_dim - d - 16), vset1(scale)) : vzero();
-      alignas(64) uint32_t pairs[16];
-      _mm512_store_si512(pairs, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
-      for (int32_t i = 0; i < 16 && d + 2 * i < head_dim; ++i) to[(d / 2 + i) * n] = pairs[i];
+      _mm512_storeu_si512(to + d / 2, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
     }
   }
 
   static constexpr bool packs(int32_t rows) { return rows > 2 * kRows; }
 
-  // The tiles that the range touches, all columns.
-  static void pack_split(const SplitView<uint16_t>& view, Range range, uint32_t* packed_k,
+  // The tiles that the range touches, all columns; returns whether all of V there is finite.
+  static bool pack_split(const SplitView<uint16_t>& view, Range range, uint32_t* packed_k,
                          uint32_t* packed_v) {
     const int32_t pairs = pairs_of(view.head_dim), vectors = (view.head_dim + 15) / 16;
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    __mmask32 special = 0;
     for (int32_t t = range.low / kTile; t * kTile < range.high; ++t) {
-      const uint16_t* k = view.k[t] + view.offset;
-      const uint16_t* v = view.v[t] + view.offset;
+      const uint16_t* k = view.k[t] + view.k_offset;
+      const uint16_t* v = view.v[t] + view.v_offset;
       for (int32_t i = 0; i < pairs; ++i) {
         _mm512_store_si512(packed_k + (int64_t(t) * pairs + i) * kTile,
                            key_pair(k, view.k_stride, i, view.head_dim));
-        __builtin_prefetch(v + i * 2 * kTile);
+        fetch(v + i * 2 * kTile);
       }
-      for (int32_t pair = 0; pair < kTilePairs; ++pair) {
-        for (int32_t j = 0; j < vectors; ++j) {
+      for (int32_t j = 0; j < vectors; ++j) {
+        uint32_t* to = packed_v + (int64_t(j) * kSplitPairs + t * kTilePairs) * 16;
+        const __mmask16 lanes = mask_n(view.head_dim - 16 * j);
+        for (int32_t pair = 0; pair < kTilePairs; ++pair) {
           const uint16_t* from = v + int64_t(2 * pair) * view.head_dim + 16 * j;
-          const int64_t to = int64_t(j) * kSplitPairs + t * kTilePairs + pair;
-          _mm512_store_si512(packed_v + to * 16, value_pair<true>(from, view.head_dim,
-                                                                  mask_n(view.head_dim - 16 * j)));
+          const __m512i values = value_pair<true>(from, view.head_dim, lanes);
+          special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(values, exponent), exponent);
+          _mm512_store_si512(to + pair * 16, values);
         }
       }
     }
+    return special == 0;
+  }
+
+  static void soften(const SplitView<uint16_t>&, float* scores, const Row* rows, int32_t num_rows,
+                     Range touched, float softcap, float* m, float* l, float*) {
+    softmax_rows<true>(scores, rows, num_rows, touched, softcap, m, l);
   }
 
   static Kernels<uint16_t> kernels(int32_t rows, bool packed) {

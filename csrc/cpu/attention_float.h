@@ -38,17 +38,18 @@ PLL_INLINE vf load_kv_n(const uint16_t* p, int32_t n) {
   return vload_bf16(padded);
 }
 
-// scores[r][16 t ..] = q_r . k for N tiles.  q: [head_dim][R], already scaled.  FETCH: a tile of V
-// has as many bytes as one of K, so every load of keys fetches its like of the values.
-template <typename T, int R, int N, bool FETCH>
-PLL_INLINE void score_tiles(const SplitView<T>& view, const float* q, int32_t tile,
+// scores[r][16 t ..] = q_r . k for N tiles.  q is already scaled.
+template <typename T, int R, int N>
+PLL_INLINE void score_tiles(const SplitView<T>& view, const Queries& q, int32_t tile,
                             float* scores) {
   const T* k[N];
   const T* v[N];
   for (int j = 0; j < N; ++j) {
-    k[j] = view.k[tile + j] + view.offset;
-    v[j] = view.v[tile + j] + view.offset;
+    k[j] = view.k[tile + j] + view.k_offset;
+    v[j] = view.v[tile + j] + view.v_offset;
   }
+  const float* rows[R] = {};
+  for (int r = 0; r < R; ++r) rows[r] = q.data + r * q.stride;
   vf sums[R][N];
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < N; ++j) sums[r][j] = vzero();
@@ -57,10 +58,11 @@ PLL_INLINE void score_tiles(const SplitView<T>& view, const float* q, int32_t ti
     vf keys[N];
     for (int j = 0; j < N; ++j) {
       keys[j] = load_kv(k[j] + d * view.k_stride);
-      if (FETCH) __builtin_prefetch(v[j] + d * 16);
+      // A tile of V has as many bytes as one of K.
+      if (sizeof(T) == 4 || d % 2 == 0) fetch(v[j] + d * 16);
     }
     for (int r = 0; r < R; ++r) {
-      const vf x = vset1(q[d * R + r]);
+      const vf x = vset1(rows[r][d]);
       for (int j = 0; j < N; ++j) sums[r][j] = vfma(x, keys[j], sums[r][j]);
     }
   }
@@ -69,27 +71,17 @@ PLL_INLINE void score_tiles(const SplitView<T>& view, const float* q, int32_t ti
   }
 }
 
-template <typename T, int R, bool FETCH>
-PLL_INLINE void score_range(const SplitView<T>& view, const float* q, int32_t tile, int32_t last,
-                            float* scores) {
+template <typename T, int R>
+void score_split(const SplitView<T>& view, const Queries& q, Range touched, float* scores) {
   constexpr int N = vectors_for(R);
-  for (; tile + N <= last; tile += N) score_tiles<T, R, N, FETCH>(view, q, tile, scores);
+  const int32_t last = (touched.high + kTile - 1) / kTile;
+  int32_t tile = touched.low / kTile;
+  for (; tile + N <= last; tile += N) score_tiles<T, R, N>(view, q, tile, scores);
   if (N > 2 && tile + 2 <= last) {
-    score_tiles<T, R, 2, FETCH>(view, q, tile, scores);
+    score_tiles<T, R, 2>(view, q, tile, scores);
     tile += 2;
   }
-  for (; tile < last; ++tile) score_tiles<T, R, 1, FETCH>(view, q, tile, scores);
-}
-
-template <typename T, int R>
-void score_split(const SplitView<T>& view, const void* q, Range touched, float* scores) {
-  const int32_t first = touched.low / kTile, last = (touched.high + kTile - 1) / kTile;
-  const float* queries = static_cast<const float*>(q);
-  if (view.head_dim * int32_t(sizeof(T)) >= kFetchBytes) {
-    score_range<T, R, true>(view, queries, first, last, scores);
-  } else {
-    score_range<T, R, false>(view, queries, first, last, scores);
-  }
+  for (; tile < last; ++tile) score_tiles<T, R, 1>(view, q, tile, scores);
 }
 
 // Some vectors of V's columns; of a PARTIAL one only `lanes` exist.
@@ -119,13 +111,18 @@ PLL_INLINE void weigh_tile(const T* v, int32_t head_dim, Columns columns, int32_
 
 // F whole tiles that all rows see, side by side.
 template <typename T, int R, int N, int F, bool PARTIAL>
-PLL_INLINE void weigh_whole(const T* const* v, int64_t offset, int32_t head_dim, Columns columns,
+PLL_INLINE void weigh_whole(const SplitView<T>& view, int32_t tile, Columns columns,
                             const float* p, vf (&sums)[F][R][N]) {
+  const int32_t head_dim = view.head_dim, vectors = (head_dim + 15) / 16;
   for (int32_t key = 0; key < kTile; ++key) {
     for (int f = 0; f < F; ++f) {
-      const T* row = v[f] + offset + int64_t(key) * head_dim + columns.first;
+      const T* row = view.v[tile + f] + view.v_offset + int64_t(key) * head_dim + columns.first;
       vf values[N];
       for (int j = 0; j < N; ++j) {
+        if (sizeof(T) == 4 || key % 2 == 0) {
+          const int32_t line = sizeof(T) == 4 ? key : key / 2;
+          fetch_keys(view, tile + f, line * vectors + columns.first / 16 + j);
+        }
         values[j] = PARTIAL ? load_kv_n(row + j * 16, columns.lanes) : load_kv(row + j * 16);
       }
       for (int r = 0; r < R; ++r) {
@@ -154,13 +151,12 @@ PLL_INLINE void weigh_columns(const SplitView<T>& view, Columns columns, const W
          first += kChains) {
       const int32_t t = first + chain;
       if (t * kTile >= w.shared.low && (t + F) * kTile <= w.shared.high) {
-        weigh_whole<T, R, N, F, PARTIAL>(view.v + t, view.offset, head_dim, columns,
-                                         w.p + t * kTile, sums);
+        weigh_whole<T, R, N, F, PARTIAL>(view, t, columns, w.p + t * kTile, sums);
         continue;
       }
       for (int f = 0; f < F; ++f) {
         if ((t + f) * kTile >= w.touched.high || (t + f + 1) * kTile <= w.touched.low) continue;
-        const T* v = view.v[t + f] + view.offset;
+        const T* v = view.v[t + f] + view.v_offset;
         if (same) {
           weigh_tile<T, R, N, PARTIAL, false>(v, head_dim, columns, t + f, w, sums[f]);
         } else {
@@ -199,25 +195,24 @@ void weigh_values(const SplitView<T>& view, const Weights& w, float* a, int64_t 
 template <typename T>
 struct FloatReader {
   using Element = T;
-  static constexpr bool kBf16Weights = false;
+  static constexpr int kDims = 1;
+  static int32_t key_dims(int32_t head_dim) { return head_dim; }
+  static int64_t key_stride(int32_t block_size) { return block_size; }
 
-  // Row r of a chunk's n into [head_dim][n].
-  static void pack_query(const float* q, int32_t head_dim, float scale, int32_t r, int32_t n,
-                         void* chunk) {
-    float* to = static_cast<float*>(chunk);
-    if (n == 1) {
-      for (int32_t d = 0; d < head_dim; d += 16) {
-        const vf x = vmul(vload_n(q + d, head_dim - d), vset1(scale));
-        vstore_n(to + d, x, head_dim - d);
-      }
-    } else {
-      for (int32_t d = 0; d < head_dim; ++d) to[d * n + r] = q[d] * scale;
+  static void pack_query(const float* q, int32_t head_dim, float scale, float* to) {
+    for (int32_t d = 0; d < head_dim; d += 16) {
+      vstore(to + d, vmul(vload_n(q + d, head_dim - d), vset1(scale)));
     }
   }
 
   // Whether a unit of so many rows packs its keys and values first.
   static constexpr bool packs(int32_t) { return false; }
-  static void pack_split(const SplitView<T>&, Range, uint32_t*, uint32_t*) {}
+  static bool pack_split(const SplitView<T>&, Range, uint32_t*, uint32_t*) { return false; }
+
+  static void soften(const SplitView<T>&, float* scores, const Row* rows, int32_t num_rows,
+                     Range touched, float softcap, float* m, float* l, float*) {
+    softmax_rows<false>(scores, rows, num_rows, touched, softcap, m, l);
+  }
 
   static Kernels<T> kernels(int32_t rows, bool) {
 #define PLL_KERNELS(R) \

@@ -1,7 +1,8 @@
 // What an attention op keeps, and how a ragged step is cut into work.
 //
-// A query tile is up to 64 rows: consecutive queries of a sequence by the query heads of a KV
-// head.  A step's work is every query tile by every KV head.  A tile that is too large a share of
+// A query tile is up to 192 rows: consecutive queries of a sequence by the query heads of a KV
+// head.  So many pay for what is done once for all of them: a split's keys and values are packed
+// for the products, where a reader packs.  A step's work is every query tile by every KV head.  A tile that is too large a share of
 // the step for one thread (a long context in decode) is cut at splits: its pieces leave their
 // splits' results in scratch, and after a barrier they are joined in the same ascending order as
 // within one thread.
@@ -16,7 +17,7 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
-constexpr int32_t kUnitRows = 64;
+constexpr int32_t kUnitRows = 192;
 // Pieces per thread that are enough for an even load.
 constexpr int64_t kPieces = 4;
 // Units per thread from which on it pays to make them larger.
@@ -61,16 +62,18 @@ int32_t rows_of_a_unit(int32_t group) {
 
 size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// One thread's scratch, cut up.  A chunk is what is computed together: at most kRows rows.
+// One thread's scratch, cut up.  A chunk is what is computed together: at most
+// kChunkRows rows.
 struct Scratch {
-  float* q;        // [unit_rows, padded], chunk after chunk as its reader packs them
+  float* q;        // [unit_rows, padded], each as the reader packs it
   float* a;        // [unit_rows, padded]
   float* m;        // [unit_rows]
   float* l;        // [unit_rows]; < 0: the row has seen no key yet
-  float* scores;   // [kRows, kSplit], of a chunk
-  float* split;    // [kRows, padded], a of a chunk's split
-  float* split_m;  // [kRows]
-  float* split_l;  // [kRows]; < 0: the row sees no key of the split
+  float* scores;   // [kChunkRows, kSplit], of a chunk
+  float* split;    // [kChunkRows, padded], a of a chunk's split
+  float* split_m;  // [kChunkRows]
+  float* split_l;  // [kChunkRows]; < 0: the row sees no key of the split
+  float* factors;  // [kChunkRows], see Weights
   float* packed_k;  // a split's keys and values, where a reader packs them
   float* packed_v;
   char* partials;
@@ -87,10 +90,11 @@ size_t cut_scratch(const AttentionState& s, void* base, Scratch* out) {
   take(&Scratch::a, int64_t(s.unit_rows) * s.padded);
   take(&Scratch::m, s.unit_rows);
   take(&Scratch::l, s.unit_rows);
-  take(&Scratch::scores, kRows * kSplit);
-  take(&Scratch::split, int64_t(kRows) * s.padded);
-  take(&Scratch::split_m, kRows);
-  take(&Scratch::split_l, kRows);
+  take(&Scratch::scores, kChunkRows * kSplit);
+  take(&Scratch::split, int64_t(kChunkRows) * s.padded);
+  take(&Scratch::split_m, kChunkRows);
+  take(&Scratch::split_l, kChunkRows);
+  take(&Scratch::factors, kChunkRows);
   const int64_t packed = s.packs ? int64_t(kSplit) * s.padded / 2 : 0;
   take(&Scratch::packed_k, packed);
   take(&Scratch::packed_v, packed);
@@ -144,14 +148,14 @@ int64_t cost(const AttentionState& s, const Work& w) {
   return int64_t(w.last - w.first) * w.count * s.group;
 }
 
-// KV heads whose few rows are computed together (in decode), as long as there is enough to share
-// out.
-int32_t heads_of_a_unit(const AttentionState& s) {
+// KV heads whose few rows are computed together (in decode): they lie side by side in a block.
+// Fewer where the step's splits by heads would then not be enough to share out.
+int32_t heads_of_a_unit(const AttentionState& s, int64_t num_splits) {
   const int32_t all = s.spec.kv.num_kv_heads;
-  int32_t heads = s.group < kRows ? kRows / s.group : 1;
+  int32_t heads = s.group <= kRows ? kChunkRows / s.group : 1;
   if (heads > all) heads = all;
   while (heads > 1 && s.num_threads > 1 &&
-         s.num_work * ((all + heads - 1) / heads) < kUnits * s.num_threads) {
+         num_splits * ((all + heads - 1) / heads) < kUnits * s.num_threads) {
     --heads;
   }
   return heads;
@@ -183,7 +187,7 @@ int plan_attention(void* state, const pll_batch* batch, char* error, size_t erro
     return 1;
   }
   const int32_t tile = queries_of_a_tile(*s, *batch);
-  int64_t n = 0, total = 0;
+  int64_t n = 0, total = 0, splits = 0;
   for (int32_t i = 0; i < batch->num_seqs; ++i) {
     const int32_t begin = batch->query_start_loc[i], end = batch->query_start_loc[i + 1];
     if (batch->seq_lens[i] > int64_t(group.max_blocks) * group.block_size) {
@@ -205,12 +209,13 @@ int plan_attention(void* state, const pll_batch* batch, char* error, size_t erro
       }
       s->work[n] = Work{i, token, stop - token, position, first_key(spec, position) / kSplit,
                         last / kSplit + 1, -1};
+      splits += s->work[n].last - s->work[n].first;
       total += cost(*s, s->work[n++]);
     }
   }
   s->num_work = n;
   s->num_joins = 0;
-  s->unit_heads = heads_of_a_unit(*s);
+  s->unit_heads = heads_of_a_unit(*s, splits);
   if (s->num_threads <= 1) return 0;
   // A thread's fair share is total * num_kv_heads / num_threads; cut what is a good part of it.
   const int64_t share = total * spec.kv.num_kv_heads / (kPieces * s->num_threads) + 1;
@@ -220,7 +225,7 @@ int plan_attention(void* state, const pll_batch* batch, char* error, size_t erro
     const Work whole = s->work[i];
     const int64_t rows = int64_t(whole.count) * s->group;
     const int64_t needed = int64_t(whole.last - whole.first) * rows * spec.kv.num_kv_heads;
-    int32_t step = static_cast<int32_t>(share / rows);
+    int32_t step = static_cast<int32_t>(share / (rows * s->unit_heads));
     if (step < 1) step = 1;
     const int32_t pieces = (whole.last - whole.first + step - 1) / step;
     if (pieces < 2 || partial + needed > capacity || s->num_work + pieces > s->max_work) continue;

@@ -8,10 +8,11 @@
 // of K or V, and how many tiles are in flight, only changes the order between independent lanes.
 //
 // Memory behind a key that a row does not see may hold anything, NaN included: scores there are
-// replaced, never multiplied away, and V there is not multiplied on the row's behalf.
+// replaced, never multiplied away, and V there is not multiplied on the row's behalf unless all of
+// it is known to be finite (the weight is then 0, and so is the product).
 //
 // This file has what all storage formats share: softmax and joining.  The products are in
-// attention_float.h and attention_bf16.h.
+// attention_float.h, attention_bf16.h and attention_int8.h.
 #ifndef PYLLMLITE_CPU_ATTENTION_TILE_H
 #define PYLLMLITE_CPU_ATTENTION_TILE_H
 
@@ -24,7 +25,7 @@ constexpr int32_t kTile = 16;
 constexpr int32_t kSplit = 256;
 constexpr int32_t kSplitTiles = kSplit / kTile;
 
-// Rows that share loads: a chunk has at most so many.
+// Rows that share loads: a kernel takes at most so many.
 #if PLL_ISA >= PLL_ISA_AVX512
 constexpr int32_t kRows = 8;
 #elif PLL_ISA == PLL_ISA_AVX2
@@ -32,6 +33,8 @@ constexpr int32_t kRows = 4;
 #else
 constexpr int32_t kRows = 2;
 #endif
+// Rows of a chunk, which may be those of several heads: what the softmax takes together.
+constexpr int32_t kChunkRows = kRows < 8 ? 8 : 16;
 
 // Keys [low, high) of the split, in 0 .. 256.
 struct Range {
@@ -41,32 +44,56 @@ struct Range {
 // Where a split's tiles of one KV head lie; those outside of the range asked for are not set.
 template <typename T>
 struct SplitView {
-  const T* k[kSplitTiles];  // + offset: [head_dim, stride k_stride]
-  const T* v[kSplitTiles];  // + offset: [16, head_dim]
-  int64_t offset;           // of the head
+  const T* k[kSplitTiles];           // + k_offset: [head_dim, stride k_stride], or as ops.h has it
+  const T* v[kSplitTiles];           // + v_offset: [16, head_dim]
+  const float* scales[kSplitTiles];  // + scale_offset: of 16 keys; value_scales behind, of values
+  int64_t k_offset, v_offset, scale_offset;  // of the head
   int64_t k_stride;
+  int32_t value_scales;
   int32_t head_dim;
+  // Where the tiles of the split that comes next lie: its keys are fetched while these values are
+  // read, as the values are while the keys are.
+  const T* next_k[kSplitTiles];
+  const float* next_scales[kSplitTiles];
+  int64_t next_k_offset, next_scale_offset;
   const uint32_t* packed_k;  // the split as attention_bf16.h packs it, or null
   const uint32_t* packed_v;
+  bool finite;  // all that is packed of V is
 };
 
-// Bytes of a key from which on values are fetched ahead.  Blocks are scattered, which the hardware
-// does not foresee; but in a small one it has its own prefetch going before ours would help.
-constexpr int32_t kFetchBytes = 128;
+// Blocks are scattered, which the hardware does not foresee.  Into the second-level cache: what is
+// fetched is used thousands of cycles later.
+PLL_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// What the keys of one chunk of rows weigh.
+// The line of the next keys' tile t whose turn it is when line i of the tile of values is read.
+PLL_INLINE void fetch_keys(const SplitView<float>& view, int32_t t, int32_t i) {
+  fetch(view.next_k[t] + view.next_k_offset + i * view.k_stride);
+}
+// A line has two tiles side by side, or two dimensions of one.
+PLL_INLINE void fetch_keys(const SplitView<uint16_t>& view, int32_t t, int32_t i) {
+  fetch(view.next_k[t] + view.next_k_offset + (2 * i + (t & 1)) * view.k_stride);
+}
+
+// What the keys of one kernel's rows weigh.
 struct Weights {
-  const float* p;       // [rows, kSplit], or bf16 in the first half of each row
-  const Range* ranges;  // of each row
-  Range touched;        // that any row sees
-  Range shared;         // that all rows see
+  const float* p;        // [rows, kSplit], or narrower from the start of each row
+  const float* factors;  // [rows], where weights are integers: what one of them stands for
+  const Range* ranges;   // of each row
+  Range touched;         // that any row sees
+  Range shared;          // that all rows see
 };
 
-// The products of a chunk of some number of rows.
+// Queries as their reader packed them: [rows, stride] floats.
+struct Queries {
+  const float* data;
+  int64_t stride;
+};
+
+// The products of some number of rows.
 template <typename T>
 struct Kernels {
   // Dot products with the keys of the tiles that `touched` lies in, to scores [rows, kSplit].
-  void (*score)(const SplitView<T>& view, const void* q, Range touched, float* scores);
+  void (*score)(const SplitView<T>& view, const Queries& q, Range touched, float* scores);
   // a[r] = sum of p_r * v, [rows, stride].
   void (*weigh)(const SplitView<T>& view, const Weights& weights, float* a, int64_t stride);
 };
@@ -75,15 +102,55 @@ struct Kernels {
 // powers of two are cheaper than powers of e.
 constexpr float kLog2E = 1.44269504088896f;
 
-// 2^x for x <= 0; -infinity is 0, NaN stays.  (Coefficients: Remez, on [-1/2, 1/2], with
-// p(0) = 1.)  Within 1 ulp, or within 2^-18 for weights that are rounded to bf16 anyway.
-template <bool BF16>
+// 2^x for x <= 0, at least 2^-126 or, for smaller x, less; NaN stays.  Within 2 ulp, or within 2^-18
+// where that is enough (ROUGH: weights that are rounded to bf16 or 16 bits afterwards).
+#if PLL_ISA >= PLL_ISA_AVX512
+// The instructions for fraction and scale take x as it is, -infinity too.  (Coefficients: minimax,
+// on [0, 1], with p(0) = 1.)
+template <bool ROUGH>
 PLL_INLINE vf vexp2_weight(vf x) {
-  x = vmax(vset1(-160.0f), x);
-  const vf n = vround(x);
-  const vf r = vsub(x, n);
+  const vf r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)};
   vf p;
-  if (BF16) {
+  if (ROUGH) {
+    p = vset1(1.34266857e-2f);
+    p = vfma(p, r, vset1(5.22424728e-2f));
+    p = vfma(p, r, vset1(2.41280213e-1f));
+    p = vfma(p, r, vset1(6.93044841e-1f));
+  } else {
+    p = vset1(2.16129163e-4f);
+    p = vfma(p, r, vset1(1.24678458e-3f));
+    p = vfma(p, r, vset1(9.67545155e-3f));
+    p = vfma(p, r, vset1(5.54852821e-2f));
+    p = vfma(p, r, vset1(2.40229309e-1f));
+    p = vfma(p, r, vset1(6.93147063e-1f));
+  }
+  p = vfma(p, r, vset1(1.0f));
+  return {_mm512_scalef_ps(p.v, x.v)};
+}
+#else
+// 2^n of a float whose low bits hold n + 127.
+#if PLL_ISA == PLL_ISA_AVX2
+PLL_INLINE vf power_of_low_bits(vf a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.lo), 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.hi), 23))};
+}
+#else
+PLL_INLINE vf power_of_low_bits(vf a) {
+  PLL_EACH a.v[i] = (f4)((u4)a.v[i] << 23);
+  return a;
+}
+#endif
+
+// Adding 1.5 * 2^23 + 127 leaves the integral part n + 127 in the low bits, which makes 2^n by a
+// shift.  (Coefficients: Remez, on [-1/2, 1/2], with p(0) = 1.)
+template <bool ROUGH>
+PLL_INLINE vf vexp2_weight(vf x) {
+  const vf magic = vset1(12583039.0f);
+  x = vmax(vset1(-126.0f), x);
+  const vf t = vadd(x, magic);
+  const vf r = vsub(x, vsub(t, magic));
+  vf p;
+  if (ROUGH) {
     p = vset1(9.7829129e-3f);
     p = vfma(p, r, vset1(5.5976883e-2f));
     p = vfma(p, r, vset1(2.4020711e-1f));
@@ -97,8 +164,9 @@ PLL_INLINE vf vexp2_weight(vf x) {
     p = vfma(p, r, vset1(6.9314724e-1f));
   }
   p = vfma(p, r, vset1(1.0f));
-  return vscale2(p, n);
+  return vmul(p, power_of_low_bits(t));
 }
+#endif
 
 // 16 weights to bf16.
 PLL_INLINE void store_bf16_weights(uint16_t* to, vf p) {
@@ -109,23 +177,34 @@ PLL_INLINE void store_bf16_weights(uint16_t* to, vf p) {
 #endif
 }
 
+// 32 weights to bf16.
+PLL_INLINE void store_bf16_weights(uint16_t* to, vf low, vf high) {
+#if PLL_ISA >= PLL_ISA_AVX512_BF16
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+#else
+  vstore_bf16(to, low);
+  vstore_bf16(to + 16, high);
+#endif
+}
+
 // One row of a chunk, as the softmax sees it.
 struct Row {
   Range range;
-  float slope;   // ALiBi's, times log2(e)
-  float offset;  // first key of the split minus the query's position
+  float slope;     // ALiBi's, times log2(e)
+  float offset;    // first key of the split minus the query's position
+  int64_t scales;  // SplitView.scale_offset of its head
 };
 
 alignas(64) constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// -infinity in the lanes of the tile at key t that lie outside of the range.
-PLL_INLINE vf hide(vf s, int32_t t, Range range) {
-  const vf lane = vload(kLanes), hidden = vset1(-INFINITY);
+// `hidden` in the lanes of the tile at key t that lie outside of the range.
+PLL_INLINE vf hide(vf s, int32_t t, Range range, float hidden) {
+  const vf lane = vload(kLanes);
   if (t < range.low) {
-    s = vselect_gt(lane, vset1(static_cast<float>(range.low - t) - 0.5f), s, hidden);
+    s = vselect_gt(lane, vset1(static_cast<float>(range.low - t) - 0.5f), s, vset1(hidden));
   }
   if (t + kTile > range.high) {
-    s = vselect_gt(vset1(static_cast<float>(range.high - t) - 0.5f), lane, s, hidden);
+    s = vselect_gt(vset1(static_cast<float>(range.high - t) - 0.5f), lane, s, vset1(hidden));
   }
   return s;
 }
@@ -142,54 +221,109 @@ PLL_INLINE vf map_scores(vf s, int32_t t, const Row& row, float softcap) {
   return s;
 }
 
-PLL_INLINE int32_t first_tile_key(Range range) { return range.low & ~(kTile - 1); }
+PLL_INLINE int32_t tile_down(int32_t key) { return key & ~(kTile - 1); }
+PLL_INLINE int32_t tile_up(int32_t key) { return (key + kTile - 1) & ~(kTile - 1); }
+
+#if defined(__SANITIZE_ADDRESS__)
+#define PLL_INLINE_BODY
+#else
+#define PLL_INLINE_BODY __attribute__((always_inline))
+#endif
+
+// body(t, edge) for every tile of the range, ascending; edge: the range begins or ends in it.
+// Tiles that are no edge come as pair(t), which stands for t and the next, as long as there are
+// two.
+template <typename BODY, typename PAIR>
+PLL_INLINE void each_tile(Range range, BODY body, PAIR pair) {
+  const int32_t end = tile_down(range.high);
+  int32_t t = tile_down(range.low);
+  if (t < range.low || t >= end) {
+    body(t, true);
+    t += kTile;
+  }
+  for (; t + kTile < end; t += 2 * kTile) pair(t);
+  if (t < end) {
+    body(t, false);
+    t += kTile;
+  }
+  if (t < range.high) body(t, true);
+}
 
 // Products of one row to scores, in place; returns the largest.
 PLL_INLINE float finish_scores(float* scores, const Row& row, float softcap) {
-  const Range range = row.range;
-  const int32_t inner = (range.low + kTile - 1) & ~(kTile - 1), end = range.high & ~(kTile - 1);
-  const bool mapped = softcap > 0 || row.slope != 0;
   vf high = vset1(-INFINITY);
-  for (int32_t t = first_tile_key(range); t < range.high; t += kTile) {
-    const bool edge = t < inner || t >= end;
+  const bool mapped = softcap > 0 || row.slope != 0;
+  auto one = [&](int32_t t, bool edge) PLL_INLINE_BODY {
     vf s = vload(scores + t);
     if (mapped) s = map_scores(s, t, row, softcap);
-    if (edge) s = hide(s, t, range);
-    if (mapped || edge) vstore(scores + t, s);
+    if (edge) s = hide(s, t, row.range, -INFINITY);
+    if (mapped) vstore(scores + t, s);
     high = vmax(high, s);
+  };
+  if (mapped) {
+    for (int32_t t = tile_down(row.range.low); t < row.range.high; t += kTile) one(t, true);
+  } else {
+    each_tile(row.range, one, [&](int32_t t) PLL_INLINE_BODY {
+      high = vmax(vmax(high, vload(scores + t)), vload(scores + t + kTile));
+    });
   }
   return vreduce_max(high);
 }
 
-// Scores of one row to weights 2^(score - m), in place; returns their sum.
+// Scores of one row to weights 2^(score - m), in place, 0 for keys of the touched tiles that it
+// does not see; returns their sum.
 template <bool BF16>
-PLL_INLINE float weights_of(float* scores, Range range, float m) {
+PLL_INLINE float weights_of(float* scores, Range range, Range touched, float m) {
   vf sum = vzero();
-  for (int32_t t = first_tile_key(range); t < range.high; t += kTile) {
-    const vf p = vexp2_weight<BF16>(vsub(vload(scores + t), vset1(m)));
+  const vf top = vset1(m);
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(scores);
+  // Narrower weights never stand beyond what was read.
+  auto put = [&](int32_t t, vf p) PLL_INLINE_BODY {
     if (BF16) {
-      // Never beyond what was read.
-      store_bf16_weights(reinterpret_cast<uint16_t*>(scores) + t, p);
+      store_bf16_weights(narrow + t, p);
     } else {
       vstore(scores + t, p);
     }
-    sum = vadd(sum, p);
-  }
+  };
+  for (int32_t t = tile_down(touched.low); t < tile_down(range.low); t += kTile) put(t, vzero());
+  each_tile(
+      range,
+      [&](int32_t t, bool edge) PLL_INLINE_BODY {
+        vf p = vexp2_weight<BF16>(vsub(vload(scores + t), top));
+        if (edge) p = hide(p, t, range, 0);
+        put(t, p);
+        sum = vadd(sum, p);
+      },
+      [&](int32_t t) PLL_INLINE_BODY {
+        const vf low = vexp2_weight<BF16>(vsub(vload(scores + t), top));
+        const vf high = vexp2_weight<BF16>(vsub(vload(scores + t + kTile), top));
+        if (BF16) {
+          store_bf16_weights(narrow + t, low, high);
+        } else {
+          vstore(scores + t, low);
+          vstore(scores + t + kTile, high);
+        }
+        sum = vadd(vadd(sum, low), high);
+      });
+  for (int32_t t = tile_up(range.high); t < touched.high; t += kTile) put(t, vzero());
   return vreduce_add(sum);
 }
 
 // Products of some rows to their weights, m and l; l < 0: the row sees no key.  All maxima come
 // first, so that no row waits for the end of its own.
 template <bool BF16>
-void soften(float* scores, const Row* rows, int32_t num_rows, float softcap, float* m, float* l) {
+void softmax_rows(float* scores, const Row* rows, int32_t num_rows, Range touched, float softcap,
+            float* m, float* l) {
   for (int32_t r = 0; r < num_rows; ++r) {
     if (rows[r].range.low >= rows[r].range.high) continue;
     m[r] = finish_scores(scores + r * kSplit, rows[r], softcap);
   }
   for (int32_t r = 0; r < num_rows; ++r) {
-    l[r] = rows[r].range.low < rows[r].range.high
-               ? weights_of<BF16>(scores + r * kSplit, rows[r].range, m[r])
-               : -1;
+    if (rows[r].range.low < rows[r].range.high) {
+      l[r] = weights_of<BF16>(scores + r * kSplit, rows[r].range, touched, m[r]);
+    } else {
+      l[r] = -1;
+    }
   }
 }
 

@@ -74,19 +74,59 @@ void store_head(const KVLayout& kv, const float* k, const float* v, int64_t slot
   store_row(values, v, kv.head_dim);
 }
 
+// Codes of a vector in `codes` (whole vectors of 16, zeros behind n); returns their scale.
+float quantize_head(const float* x, int32_t n, int8_t* codes) {
+  vf high = vzero(), special = vzero();
+  for (int32_t i = 0; i < n; i += 16) {
+    const vf v = vload_n(x + i, n - i);
+    high = vmax(high, vabs(v));
+    special = vfma(v, vzero(), special);  // NaN where v is not finite
+  }
+  const float largest = vreduce_max(high), nothing = vreduce_add(special);
+  const bool finite = nothing == 0;
+  // Below 1e-30 the inverse would overflow.
+  const vf inverse = vset1(finite && largest >= 1e-30f ? 127.0f / largest : 0.0f);
+  for (int32_t i = 0; i < n; i += 16) {
+    float rounded[16];
+    vstore(rounded, vround(vmul(vload_n(x + i, n - i), inverse)));
+    for (int j = 0; j < 16; ++j) codes[i + j] = finite ? static_cast<int8_t>(rounded[j]) : 0;
+  }
+  return finite ? largest / 127.0f : NAN;
+}
+
+// k and v of a token's head as KVLayout has them in int8; `codes`: room for a head.
+void store_codes(const KVLayout& kv, const float* k, const float* v, int64_t slot, int32_t head,
+                 const pll_tensor* caches, int8_t* codes) {
+  const int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
+  const int64_t at = block * kv.num_kv_heads + head, quads = (kv.head_dim + 3) / 4;
+  int8_t* keys = static_cast<int8_t*>(caches[0].data) + (at * quads * kv.block_size + offset) * 4;
+  int8_t* values = static_cast<int8_t*>(caches[1].data) + at * kv.head_dim * kv.block_size +
+                   offset / 4 * 4 * kv.head_dim + offset % 4;
+  float* scales = static_cast<float*>(caches[2].data) + at * 2 * kv.block_size + offset;
+  scales[0] = quantize_head(k, kv.head_dim, codes);
+  for (int64_t i = 0; i < quads; ++i) memcpy(keys + i * 4 * kv.block_size, codes + 4 * i, 4);
+  scales[kv.block_size] = quantize_head(v, kv.head_dim, codes);
+  for (int32_t i = 0; i < kv.head_dim; ++i) values[4 * i] = codes[i];
+}
+
 // In decode every token's slot lies in a block of its own that is no longer in any cache: a key's
 // dimensions are 32 to 64 lines apart from each other, too many for the store buffer to wait for.
 constexpr int32_t kTokensAhead = 2;
-void ask_for_slot(const KVLayout& kv, int64_t slot, int32_t head, const pll_tensor* buffers) {
+void ask_for_slot(const KVLayout& kv, int64_t slot, int32_t head, const pll_tensor* caches) {
   if (slot < 0 || slot >= int64_t(kv.num_blocks) * kv.block_size) return;
-  const int64_t bytes = kv.dtype == PLL_BF16 ? 2 : 4;
+  const bool codes = kv.dtype == PLL_I8;
+  const int64_t bytes = kv.dtype == PLL_F32 ? 4 : kv.dtype == PLL_BF16 ? 2 : 1;
   const int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
-  const int64_t base = (block * kv.num_kv_heads + head) * kv.head_dim * kv.block_size;
-  const char* k = static_cast<const char*>(buffers[1].data) + (base + offset) * bytes;
-  const char* v = static_cast<const char*>(buffers[2].data) + (base + offset * kv.head_dim) * bytes;
-  const int64_t row = kv.block_size * bytes, step = row < 64 ? 64 : row;
-  for (int64_t at = 0; at < kv.head_dim * row; at += step) __builtin_prefetch(k + at, 1);
-  for (int64_t at = 0; at < kv.head_dim * bytes; at += 64) __builtin_prefetch(v + at, 1);
+  const int64_t at = block * kv.num_kv_heads + head;
+  // Rows of keys: dimensions, or four of them together.
+  const int64_t rows = codes ? (kv.head_dim + 3) / 4 : kv.head_dim, item = codes ? 4 : bytes;
+  const int64_t row = kv.block_size * item, step = row < 64 ? 64 : row;
+  const char* k = static_cast<const char*>(caches[0].data) + at * rows * row + offset * item;
+  const int64_t value = codes ? offset / 4 * 4 : offset, values = codes ? 4 : 1;
+  const char* v = static_cast<const char*>(caches[1].data) +
+                  (at * kv.block_size + value) * kv.head_dim * bytes;
+  for (int64_t i = 0; i < rows * row; i += step) __builtin_prefetch(k + i, 1);
+  for (int64_t i = 0; i < values * kv.head_dim * bytes; i += 64) __builtin_prefetch(v + i, 1);
 }
 
 int plan_store(void* state, const pll_batch* batch, char* error, size_t error_size) {
@@ -111,15 +151,20 @@ int check_store(void* state, const pll_tensor* buffers, int32_t num_buffers, int
                 int32_t, char* error, size_t error_size) {
   const RotaryStoreSpec& spec = static_cast<StoreState*>(state)->spec;
   const KVLayout& kv = spec.kv;
-  const int64_t cache = saturating_product(saturating_product(kv.num_blocks, kv.num_kv_heads),
-                                           int64_t(kv.head_dim) * kv.block_size);
   const int64_t heads = int64_t(spec.num_heads) + 2 * int64_t(kv.num_kv_heads);
   const BufferNeed needs[] = {
       {"qkv", PLL_F32, max_num_tokens, saturating_product(heads, kv.head_dim)},
-      {"k_cache", kv.dtype, 0, cache},
-      {"v_cache", kv.dtype, 0, cache},
+      {"k_cache", kv.dtype, 0, kv_elements(kv, KVPart::KEYS)},
+      {"v_cache", kv.dtype, 0, kv_elements(kv, KVPart::VALUES)},
+      {"kv_scales", PLL_F32, 0, kv_elements(kv, KVPart::SCALES)},
   };
-  return check_buffers(needs, 3, buffers, num_buffers, error, error_size);
+  return check_buffers(needs, kv.dtype == PLL_I8 ? 4 : 3, buffers, num_buffers, error, error_size);
+}
+
+// Room for the codes of a head.
+size_t store_scratch(void* state, int32_t, int32_t) {
+  const KVLayout& kv = static_cast<StoreState*>(state)->spec.kv;
+  return kv.dtype == PLL_I8 ? (size_t(kv.head_dim) + 15) / 16 * 16 : 0;
 }
 
 void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
@@ -159,7 +204,7 @@ void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, i
       }
       if (!is_key) continue;
       if (t + kTokensAhead < last) {
-        ask_for_slot(kv, slots[t + kTokensAhead], head - spec.num_heads, buffers);
+        ask_for_slot(kv, slots[t + kTokensAhead], head - spec.num_heads, buffers + 1);
       }
       const int64_t slot = slots[t];
       if (slot < 0) continue;
@@ -172,6 +217,8 @@ void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, i
       if (kv.dtype == PLL_BF16) {
         store_head(kv, x, v, slot, kv_head, static_cast<uint16_t*>(buffers[1].data),
                    static_cast<uint16_t*>(buffers[2].data));
+      } else if (kv.dtype == PLL_I8) {
+        store_codes(kv, x, v, slot, kv_head, buffers + 1, static_cast<int8_t*>(ctx->scratch));
       } else {
         store_head(kv, x, v, slot, kv_head, static_cast<float*>(buffers[1].data),
                    static_cast<float*>(buffers[2].data));
@@ -190,6 +237,7 @@ pll_op make_rotary_store(const RotaryStoreSpec& spec) {
   op.struct_size = sizeof(pll_op);
   op.name = "rotary_store";
   op.state = new StoreState{spec};
+  op.scratch_bytes = store_scratch;
   op.plan = plan_store;
   op.run = run_store;
   op.check = check_store;

@@ -17,6 +17,15 @@ int64_t saturating_product(int64_t a, int64_t b) {
   return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
 }
 
+int64_t kv_elements(const KVLayout& kv, KVPart part) {
+  const int64_t quads = (int64_t(kv.head_dim) + 3) / 4;
+  int64_t width = kv.head_dim;
+  if (part == KVPart::KEYS && kv.dtype == PLL_I8) width = 4 * quads;
+  if (part == KVPart::SCALES) width = 2;
+  return saturating_product(saturating_product(kv.num_blocks, kv.num_kv_heads),
+                            width * kv.block_size);
+}
+
 int check_buffers(const BufferNeed* needs, int32_t num_needs, const pll_tensor* buffers,
                   int32_t num_buffers, char* error, size_t error_size) {
   if (num_buffers < num_needs) {

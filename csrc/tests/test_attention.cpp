@@ -24,13 +24,29 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+enum Kept { F32, BF16, INT8 };
+
 struct Case {
   const char* name;
   int heads, kv_heads, head_dim, block_size;
   int window;
   float softcap;
-  bool alibi, bf16;
+  bool alibi;
+  Kept kept;
 };
+
+// Symmetric int8 codes of a vector in place of it; returns the scale.
+float to_codes(float* x, int n) {
+  float largest = 0;
+  for (int i = 0; i < n; ++i) {
+    if (!std::isfinite(x[i])) largest = NAN;
+    largest = largest != largest ? largest : std::max(largest, std::fabs(x[i]));
+  }
+  for (int i = 0; i < n; ++i) {
+    x[i] = largest != largest ? 0 : std::nearbyint(x[i] * (127.0f / largest));
+  }
+  return largest / 127.0f;
+}
 
 // Sequences with whole K and V, a paged cache that holds them in shuffled blocks, and everything
 // else in that cache NaN.
@@ -41,6 +57,8 @@ struct World {
   std::vector<float> slopes;
   std::vector<float> k32, v32;
   std::vector<uint16_t> k16, v16;
+  std::vector<int8_t> k8, v8;
+  std::vector<float> scales;
   std::vector<int32_t> table;
   int max_blocks = 0, num_blocks = 0;
 
@@ -59,8 +77,17 @@ struct World {
     for (int i = num_blocks - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
     const size_t size = size_t(num_blocks) * c.kv_heads * c.head_dim * c.block_size;
     const float nan = std::numeric_limits<float>::quiet_NaN();
-    k32.assign(size, nan);
-    v32.assign(size, nan);
+    if (c.kept == F32) {
+      k32.assign(size, nan);
+      v32.assign(size, nan);
+    } else if (c.kept == BF16) {
+      k16.assign(size, 0x7fc0);
+      v16.assign(size, 0xffc1);
+    } else {
+      k8.assign(size / c.head_dim * ((c.head_dim + 3) / 4 * 4), -128);
+      v8.assign(size, 127);
+      scales.assign(size / c.head_dim * 2, nan);
+    }
     table.assign(lengths.size() * max_blocks, -1);
     for (size_t s = 0, next = 0; s < lengths.size(); ++s) {
       for (int b = 0; b * c.block_size < lengths[s]; ++b) {
@@ -68,33 +95,50 @@ struct World {
       }
       for (int t = 0; t < lengths[s]; ++t) store(int(s), t);
     }
-    if (c.bf16) {
-      for (float x : k32) k16.push_back(x != x ? 0x7fc0 : to_bf16(x));
-      for (float x : v32) v16.push_back(x != x ? 0xffc1 : to_bf16(x));
-      for (auto* side : {&k, &v}) {
-        for (auto& row : *side) {
-          for (float& x : row) x = from_bf16(to_bf16(x));
+  }
+
+  // One token's k and v into the cache; they become what is kept of them.
+  void store(int s, int t) {
+    const int64_t block = table[s * max_blocks + t / c.block_size], offset = t % c.block_size;
+    for (int h = 0; h < c.kv_heads; ++h) {
+      const int64_t at = block * c.kv_heads + h, base = at * c.head_dim * c.block_size;
+      float* key = &k[s][(size_t(t) * c.kv_heads + h) * c.head_dim];
+      float* value = &v[s][(size_t(t) * c.kv_heads + h) * c.head_dim];
+      const int quads = (c.head_dim + 3) / 4;
+      float scale[2] = {1, 1};
+      if (c.kept == INT8) {
+        for (int i = 0; i < 2; ++i) {
+          scale[i] = to_codes(i == 0 ? key : value, c.head_dim);
+          scales[(at * 2 + i) * c.block_size + offset] = scale[i];
+        }
+      }
+      for (int d = 0; d < c.head_dim; ++d) {
+        if (c.kept == F32) {
+          k32[base + int64_t(d) * c.block_size + offset] = key[d];
+          v32[base + offset * c.head_dim + d] = value[d];
+        } else if (c.kept == BF16) {
+          k16[base + int64_t(d) * c.block_size + offset] = to_bf16(key[d]);
+          v16[base + offset * c.head_dim + d] = to_bf16(value[d]);
+          key[d] = from_bf16(to_bf16(key[d]));
+          value[d] = from_bf16(to_bf16(value[d]));
+        } else {
+          k8[((at * quads + d / 4) * c.block_size + offset) * 4 + d % 4] = int8_t(key[d]);
+          v8[base + (offset / 4 * c.head_dim + d) * 4 + offset % 4] = int8_t(value[d]);
+          key[d] *= scale[0];
+          value[d] *= scale[1];
         }
       }
     }
   }
 
-  void store(int s, int t) {
-    const int64_t block = table[s * max_blocks + t / c.block_size], offset = t % c.block_size;
-    for (int h = 0; h < c.kv_heads; ++h) {
-      const int64_t base = (block * c.kv_heads + h) * c.head_dim * c.block_size;
-      for (int d = 0; d < c.head_dim; ++d) {
-        const size_t at = (size_t(t) * c.kv_heads + h) * c.head_dim + d;
-        k32[base + int64_t(d) * c.block_size + offset] = k[s][at];
-        v32[base + offset * c.head_dim + d] = v[s][at];
-      }
-    }
+  pll_dtype dtype() const {
+    return c.kept == F32 ? PLL_F32 : c.kept == BF16 ? PLL_BF16 : PLL_I8;
   }
 
   pyllmlite::AttentionSpec spec() const {
     pyllmlite::AttentionSpec result;
     result.num_heads = c.heads;
-    result.kv.dtype = c.bf16 ? PLL_BF16 : PLL_F32;
+    result.kv.dtype = dtype();
     result.kv.num_blocks = num_blocks;
     result.kv.num_kv_heads = c.kv_heads;
     result.kv.head_dim = c.head_dim;
@@ -143,12 +187,18 @@ struct World {
     batch.num_kv_groups = 1;
     batch.kv_groups = &group;
     std::vector<float> out(size_t(batch.num_tokens) * out_width, -77);
-    const int32_t dtype = c.bf16 ? PLL_BF16 : PLL_F32;
-    const int64_t block = int64_t(c.kv_heads) * c.head_dim * c.block_size;
-    std::vector<pll_tensor> buffers{
-        harness::tensor(qkv, width), harness::tensor(out, out_width),
-        harness::tensor(c.bf16 ? (void*)k16.data() : k32.data(), dtype, num_blocks, block),
-        harness::tensor(c.bf16 ? (void*)v16.data() : v32.data(), dtype, num_blocks, block)};
+    const auto part = [&](auto& data, pll_dtype type) {
+      return harness::tensor(data.data(), type, num_blocks, int64_t(data.size()) / num_blocks);
+    };
+    std::vector<pll_tensor> buffers{harness::tensor(qkv, width), harness::tensor(out, out_width)};
+    if (c.kept == F32) {
+      buffers.insert(buffers.end(), {part(k32, PLL_F32), part(v32, PLL_F32)});
+    } else if (c.kept == BF16) {
+      buffers.insert(buffers.end(), {part(k16, PLL_BF16), part(v16, PLL_BF16)});
+    } else {
+      buffers.insert(buffers.end(),
+                     {part(k8, PLL_I8), part(v8, PLL_I8), part(scales, PLL_F32)});
+    }
     const std::string text =
         harness::run_op(pyllmlite::make_attention(spec()), batch, buffers, threads);
     if (error) {
@@ -201,20 +251,28 @@ struct World {
 };
 
 const Case kCases[] = {
-    {"plain", 4, 4, 64, 16, 0, 0, false, false},
-    {"gqa3", 9, 3, 64, 16, 0, 0, false, false},
-    {"gqa3 bf16", 9, 3, 64, 16, 0, 0, false, true},
-    {"mqa", 10, 1, 32, 32, 0, 0, false, false},
-    {"mqa wide", 40, 1, 16, 16, 0, 0, false, true},
-    {"window", 4, 2, 64, 16, 37, 0, false, false},
-    {"window softcap", 4, 2, 96, 48, 300, 20, false, true},
-    {"window 1", 2, 1, 20, 16, 1, 0, false, false},
-    {"softcap", 4, 1, 80, 16, 0, 5, false, false},
-    {"alibi", 6, 6, 20, 16, 0, 0, true, false},
-    {"alibi bf16", 8, 4, 8, 64, 0, 0, true, true},
-    {"head 128", 8, 2, 128, 16, 0, 0, false, true},
-    {"head 2", 3, 3, 2, 16, 0, 0, false, true},
-    {"one big block", 4, 2, 64, 1024, 0, 0, false, false},
+    {"plain", 4, 4, 64, 16, 0, 0, false, F32},
+    {"gqa3", 9, 3, 64, 16, 0, 0, false, F32},
+    {"gqa3 bf16", 9, 3, 64, 16, 0, 0, false, BF16},
+    {"mqa", 10, 1, 32, 32, 0, 0, false, F32},
+    {"mqa wide", 40, 1, 16, 16, 0, 0, false, BF16},
+    {"window", 4, 2, 64, 16, 37, 0, false, F32},
+    {"window softcap", 4, 2, 96, 48, 300, 20, false, BF16},
+    {"window 1", 2, 1, 20, 16, 1, 0, false, F32},
+    {"softcap", 4, 1, 80, 16, 0, 5, false, F32},
+    {"alibi", 6, 6, 20, 16, 0, 0, true, F32},
+    {"alibi bf16", 8, 4, 8, 64, 0, 0, true, BF16},
+    {"head 128", 8, 2, 128, 16, 0, 0, false, BF16},
+    {"head 2", 3, 3, 2, 16, 0, 0, false, BF16},
+    {"one big block", 4, 2, 64, 1024, 0, 0, false, F32},
+    {"int8 gqa3", 9, 3, 64, 16, 0, 0, false, INT8},
+    {"int8", 4, 4, 64, 32, 0, 0, false, INT8},
+    {"int8 gqa4", 8, 2, 64, 1024, 0, 0, false, INT8},
+    {"int8 window", 4, 2, 96, 48, 300, 20, false, INT8},
+    {"int8 window 1", 2, 1, 20, 16, 1, 0, false, INT8},
+    {"int8 alibi", 40, 1, 18, 16, 0, 5, true, INT8},
+    {"int8 head 1", 2, 2, 1, 16, 0, 0, false, INT8},
+    {"int8 head 300", 2, 1, 300, 16, 0, 0, false, INT8},
 };
 
 void test_case(const Case& c, const std::string& isa) {
@@ -225,8 +283,11 @@ void test_case(const Case& c, const std::string& isa) {
   for (size_t s = 0; s < world.lengths.size(); ++s) spans.push_back({int(s), 0, world.lengths[s]});
   const std::vector<float> whole = world.run(spans, 1);
   const float* at = whole.data();
-  // bf16 dot products round queries and probabilities, each by up to 2^-9 of itself.
-  const double limit = c.bf16 && isa == "avx512_bf16" ? 1e-2 : 3e-5;
+  // bf16 dot products round queries and probabilities, each by up to 2^-9 of itself; int8's have
+  // 16 bits of the largest of a row.
+  const double limit = c.kept == INT8                           ? 4e-4
+                       : c.kept == BF16 && isa == "avx512_bf16" ? 1e-2
+                                                                : 3e-5;
   std::vector<const float*> base;
   for (size_t s = 0; s < world.lengths.size(); ++s) {
     const double e = world.difference(int(s), 0, world.lengths[s], at);
@@ -262,15 +323,16 @@ void test_case(const Case& c, const std::string& isa) {
 }
 
 // NaN in one sequence stays there; one that comes later in a sequence does not reach earlier rows.
-void test_nan(const std::string& isa) {
-  World world({"nan", 6, 2, 64, 16, 0, 0, false, false}, {300, 40, 290}, 3);
+void test_nan(const std::string& isa, Kept kept) {
+  World world({"nan", 6, 2, 64, 16, 0, 0, false, kept}, {300, 40, 290}, 3);
   const int width = 6 * 64;
   const std::vector<World::Span> spans{{0, 0, 300}, {1, 0, 40}, {2, 0, 290}};
   const auto clean = world.run(spans, 2);
   for (float& x : world.k[1]) x = NAN;
   for (float& x : world.v[1]) x = NAN;
   for (int t = 0; t < 40; ++t) world.store(1, t);
-  for (int d = 0; d < 128; ++d) world.v[0][250 * 128 + d] = world.k[0][250 * 128 + d] = INFINITY;
+  for (int d = 0; d < 128; ++d) world.v[0][250 * 128 + d] = INFINITY;
+  for (int d = 0; d < 128; d += 2) world.k[0][250 * 128 + d] = INFINITY;
   world.store(0, 250);
   const auto dirty = world.run(spans, 2);
   check(harness::same_bits(clean.data(), dirty.data(), 250 * width),
@@ -283,7 +345,7 @@ void test_nan(const std::string& isa) {
 
 // Blocks behind the window may be gone; a missing one in sight is an error, not a crash.
 void test_missing_blocks(const std::string& isa) {
-  World world({"evicted", 4, 2, 32, 16, 64, 0, false, false}, {400}, 5);
+  World world({"evicted", 4, 2, 32, 16, 64, 0, false, F32}, {400}, 5);
   const auto whole = world.run({{0, 300, 400}}, 1);
   for (int b = 0; b < (300 - 63) / 16; ++b) world.table[b] = -1;
   for (int threads : {1, 3}) {
@@ -301,8 +363,8 @@ void test_missing_blocks(const std::string& isa) {
 }
 
 // Scores that are large, and equal.
-void test_extremes(const std::string& isa) {
-  World world({"extremes", 2, 1, 16, 16, 0, 0, false, false}, {530}, 9);
+void test_extremes(const std::string& isa, Kept kept) {
+  World world({"extremes", 2, 1, 16, 16, 0, 0, false, kept}, {530}, 9);
   for (float& x : world.q[0]) x *= 300;
   const auto out = world.run({{0, 0, 530}}, 1);
   const double e = world.difference(0, 0, 530, out.data());
@@ -317,9 +379,9 @@ void test_extremes(const std::string& isa) {
 int main() {
   harness::for_each_isa([](const std::string& isa) {
     for (const Case& c : kCases) test_case(c, isa);
-    test_nan(isa);
+    for (Kept kept : {F32, BF16, INT8}) test_nan(isa, kept);
     test_missing_blocks(isa);
-    test_extremes(isa);
+    for (Kept kept : {F32, INT8}) test_extremes(isa, kept);
   });
   return harness::finish();
 }

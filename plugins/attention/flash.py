@@ -8,13 +8,15 @@ from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds
 from pyllmlite.hooks.cache import KVView
 from pyllmlite.hooks.sink import OpSink
 from pyllmlite.runtime.native import native
-from pyllmlite_plugins.layout import native_layout, unreadable
+from pyllmlite_plugins.layout import buffers, native_layout, unreadable
 
 
 class Flash(Attention):
     """Online softmax (Milakov & Gimelshein 2018; Dao 2023) in tiles that stand at absolute
     positions: a token's bits depend neither on how its prompt was cut nor on its neighbours.
-    Every head size, GQA and MQA, windows, ALiBi and soft-caps."""
+    Every head size, GQA and MQA, windows, ALiBi and soft-caps, over keys and values in f32, bf16
+    or int8 (multiplied as they are kept: in f32, bf16 or integers where the machine has the
+    products for it)."""
 
     name = "flash"
     priority = 50
@@ -33,4 +35,4 @@ class Flash(Attention):
             softcap=layer.softcap,
             alibi_slopes=layer.alibi_slopes,
         )
-        sink.op(op, [qkv, out, kv.k, kv.v], f"layers.{layer.index}.attention")
+        sink.op(op, [qkv, out, *buffers(kv)], f"layers.{layer.index}.attention")

@@ -10,7 +10,7 @@ import numpy as np
 from pyllmlite.hooks.attention import Attention, AttentionLayer, AttentionNeeds
 from pyllmlite.hooks.cache import KVView
 from pyllmlite.hooks.sink import OpSink
-from pyllmlite_plugins.layout import gather, unreadable
+from pyllmlite_plugins.layout import buffers, gather, unreadable
 
 
 class Reference(Attention):
@@ -26,17 +26,15 @@ class Reference(Attention):
 
     def add_ops(self, sink: OpSink, layer: AttentionLayer, qkv: Any, out: Any, kv: KVView) -> None:
         op = attention_op(layer, kv.group, kv.block_size)
-        sink.op(op, [qkv, out, kv.k, kv.v], f"layers.{layer.index}.attention")
+        sink.op(op, [qkv, out, *buffers(kv)], f"layers.{layer.index}.attention")
 
 
 def attention_op(layer: AttentionLayer, group: int, block_size: int) -> Callable[..., None]:
-    """``f(batch, qkv, out, k_cache, v_cache)``: softmax(scale * q.k + bias) . v per query."""
+    """``f(batch, qkv, out, *caches)``: softmax(scale * q.k + bias) . v per query."""
     heads, dim = layer.num_heads, layer.head_dim
     per_kv_head = heads // layer.num_kv_heads
 
-    def attend(
-        batch: Any, qkv: np.ndarray, out: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray
-    ) -> None:
+    def attend(batch: Any, qkv: np.ndarray, out: np.ndarray, *caches: np.ndarray) -> None:
         tables = batch.block_table(group)
         starts, lengths = batch.query_start_loc, batch.seq_lens
         for i, length in enumerate(lengths.tolist()):
@@ -44,7 +42,7 @@ def attention_op(layer: AttentionLayer, group: int, block_size: int) -> Callable
             positions = np.arange(length - (last - first), length)
             # The window's oldest key; what stands before it may have left the cache.
             low = 0 if layer.window is None else max(0, int(positions[0]) - layer.window + 1)
-            keys, values = gather(k_cache, v_cache, tables[i], block_size, low, length)
+            keys, values = gather(caches, tables[i], block_size, dim, low, length)
             distance = np.arange(low, length)[None, :] - positions[:, None]  # key - query
             hidden = distance > 0
             if layer.window is not None:

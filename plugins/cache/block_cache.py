@@ -1,7 +1,7 @@
 """Sequences over blocks: block tables, copy-on-write, windows, and sharing through a prefix tree.
 
-Both built-in caches are this class; they differ in the size of a block and in whether blocks
-are shared between requests.
+All built-in caches are this class; they differ in the size of a block, in what is stored, and in
+whether blocks are shared between requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from pyllmlite.runtime.native import native
 from pyllmlite_plugins.cache.block_pool import BlockPool
 from pyllmlite_plugins.cache.plan import peak_blocks, split
 from pyllmlite_plugins.cache.prefix_tree import Node, PrefixTree
-from pyllmlite_plugins.layout import ELEMENT_BYTES, PAGED_KT, allocate, native_layout
+from pyllmlite_plugins.layout import (
+    DTYPES,
+    PAGED_KT,
+    allocate,
+    block_bytes,
+    buffers,
+    native_layout,
+)
 
 NEVER = sys.maxsize
 # A sequence waits for a prefix in flight if that saves at least this part of what it would
@@ -74,26 +81,24 @@ class BlockCache(KVCache):
     """A :class:`KVCache` over pools of equal blocks, one pool for each KV group."""
 
     layout = PAGED_KT
+    kv_dtypes = DTYPES[PAGED_KT]
     share_prefixes = False
 
     @classmethod
     def supports(cls, need: CacheNeeds) -> str | None:
         if need.device != "cpu":
             return f"stores on the CPU, not on {need.device!r}"
-        if need.kv_dtype != "auto" and need.kv_dtype not in ELEMENT_BYTES:
-            return f"stores {', '.join(ELEMENT_BYTES)}, not kv_dtype {need.kv_dtype!r}"
+        if need.kv_dtype != "auto" and need.kv_dtype not in cls.kv_dtypes:
+            return f"stores {', '.join(cls.kv_dtypes)}, not kv_dtype {need.kv_dtype!r}"
         return None
 
     def __init__(self, needs: CacheNeeds) -> None:
         super().__init__(needs)
         self.block_size = self._choose_block_size(needs)
-        auto = "f32" if needs.dtype == "f32" else "bf16"
-        self.kv_dtype = auto if needs.kv_dtype == "auto" else needs.kv_dtype
+        self.kv_dtype = self._auto_dtype(needs) if needs.kv_dtype == "auto" else needs.kv_dtype
         self._windows = [group.window for group in needs.groups]
-        token_bytes = 2 * needs.num_kv_heads * needs.head_dim * ELEMENT_BYTES[self.kv_dtype]
-        self._block_bytes = [
-            len(group.layers) * token_bytes * self.block_size for group in needs.groups
-        ]
+        one = block_bytes(needs.num_kv_heads, needs.head_dim, self.block_size, self.kv_dtype)
+        self._block_bytes = [len(group.layers) * one for group in needs.groups]
         sharing = self.share_prefixes and needs.prefix_caching
         counts = split(
             self._windows,
@@ -120,27 +125,40 @@ class BlockCache(KVCache):
     def _choose_block_size(self, needs: CacheNeeds) -> int:
         raise NotImplementedError
 
+    def _auto_dtype(self, needs: CacheNeeds) -> str:
+        """What ``kv_dtype="auto"`` stores: the model's own dtype."""
+        return "f32" if needs.dtype == "f32" else "bf16"
+
     # -- at load -----------------------------------------------------------------------------
     def add_tensors(self, sink: OpSink) -> list[KVView]:
         needs = self.needs
         views: list[KVView | None] = [None] * needs.num_layers
         for g, (group, pool) in enumerate(zip(needs.groups, self._pools, strict=True)):
             for layer in group.layers:
-                k, v = allocate(
+                arrays = allocate(
                     pool.num_blocks,
                     needs.num_kv_heads,
                     needs.head_dim,
                     self.block_size,
                     self.kv_dtype,
                 )
+                tensors = {
+                    name: sink.tensor(
+                        f"layers.{layer}.{name}_cache",
+                        array,
+                        "f32" if name == "scales" else self.kv_dtype,
+                    )
+                    for name, array in arrays.items()
+                }
                 views[layer] = KVView(
                     layout=self.layout,
                     dtype=self.kv_dtype,
                     group=g,
                     block_size=self.block_size,
                     num_blocks=pool.num_blocks,
-                    k=sink.tensor(f"layers.{layer}.k_cache", k, self.kv_dtype),
-                    v=sink.tensor(f"layers.{layer}.v_cache", v, self.kv_dtype),
+                    k=tensors.pop("k"),
+                    v=tensors.pop("v"),
+                    extra=tensors,
                 )
         missing = [i for i, view in enumerate(views) if view is None]
         if missing:
@@ -159,13 +177,13 @@ class BlockCache(KVCache):
             k_norm=layer.k_norm,
             qk_norm_eps=layer.qk_norm_eps,
         )
-        sink.op(op, [qkv, kv.k, kv.v], f"layers.{layer.index}.rotary_store")
+        sink.op(op, [qkv, *buffers(kv)], f"layers.{layer.index}.rotary_store")
 
     def add_copy_op(self, sink: OpSink, views: list[KVView]) -> None:
         for group in range(len(self._pools)):
-            buffers = [b for view in views if view.group == group for b in (view.k, view.v)]
-            if buffers:
-                sink.op(native().copy_blocks(group), buffers, f"copy_blocks.{group}")
+            caches = [b for view in views if view.group == group for b in buffers(view)]
+            if caches:
+                sink.op(native().copy_blocks(group), caches, f"copy_blocks.{group}")
 
     @property
     def block_tables(self) -> list[np.ndarray]:

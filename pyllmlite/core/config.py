@@ -100,7 +100,8 @@ class EngineConfig:
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: Threads of the CPU pool; None: the CPUs this process may use.
         kv_cache_memory: Bytes, or ``"512MB"``; None: chosen by the builder.
-        kv_cache_dtype: ``auto`` or a word that the cache knows.
+        kv_cache_dtype: ``auto`` (the model's) or a word that a cache knows: ``f32``, ``bf16``,
+            ``int8``, or a plugin's.
         block_size: Tokens of a KV block; None: the cache's choice.
         bits, group_size, symmetric: For the quantizer; None: its own defaults.
         max_logprobs: Most log-probabilities a request may ask for.

@@ -16,7 +16,7 @@ from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
-from pyllmlite.model.builder import ModelBuilder
+from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
 from pyllmlite.model.weights import plan_matrices
@@ -302,7 +302,7 @@ def _kv_bytes(
 ) -> int:
     """Room for every row at full length, up to 4 GiB and 40 % of what is free beside the
     weights.  Pages are touched when they are first written, so unused room costs nothing."""
-    kv_item = ITEM_BYTES.get(config.kv_cache_dtype, ITEM_BYTES[dtype])
+    kv_item = kv_element_bytes(config.kv_cache_dtype, spec.head_dim, ITEM_BYTES[dtype])
     per_token = spec.kv_bytes_per_token(kv_item)
     block = config.block_size or 16
     length = -(-max_model_len // block) * block

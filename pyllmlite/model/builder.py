@@ -301,13 +301,23 @@ class ModelBuilder:
         return self._ropes[key]
 
 
+def kv_element_bytes(kv_dtype: str, head_dim: int, otherwise: float = 2) -> float:
+    """Bytes of one element of K or V; ``int8`` with its part of the float32 scale that a token's
+    head has.  ``otherwise``: of a dtype that is not known here."""
+    if kv_dtype == "int8":
+        return 1 + 4 / head_dim
+    return ITEM_BYTES.get(kv_dtype, otherwise)
+
+
 def attention_cost(spec: ModelSpec, kv_dtype: str, window: int | None) -> OpCost:
     """Of one layer: a decode step reads K and V of every sequence; each (token, key) pair costs
-    ``2 * heads * head_dim`` multiply-accumulates, of the dtype that K and V are kept in."""
+    ``2 * heads * head_dim`` multiply-accumulates, of the dtype that K and V are kept in.  With int8
+    twice as many: queries and weights have 16 bits, taken as two bytes."""
+    halves = 2 if kv_dtype == "int8" else 1
     return OpCost(
         token_bytes=8.0 * spec.q_size,
-        context_bytes=2.0 * spec.kv_size * ITEM_BYTES.get(kv_dtype, 2),
-        context_macs=2.0 * spec.q_size,
-        mac_dtype="f32" if kv_dtype == "f32" else "bf16",
+        context_bytes=2.0 * spec.kv_size * kv_element_bytes(kv_dtype, spec.head_dim),
+        context_macs=2.0 * spec.q_size * halves,
+        mac_dtype=kv_dtype if kv_dtype in ("f32", "int8") else "bf16",
         window=window or 0,
     )

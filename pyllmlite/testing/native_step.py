@@ -181,6 +181,8 @@ def dense_attention(
         q, k = _rotated(q, positional), _rotated(k, positional)
     if dtype == "bf16":
         k, v = _as_bf16(k), _as_bf16(v)
+    if dtype == "int8":
+        k, v = _as_int8(k), _as_int8(v)
     distance = np.arange(tokens)[None, :] - np.arange(tokens)[:, None]
     hidden = distance > 0
     if window is not None:
@@ -224,7 +226,7 @@ def check_against_dense(
     step = NativeStep(cache, attention, shape, windows, positional, dtype, threads=threads)
     stored = step.cache.kv_dtype
     if tolerance is None:
-        tolerance = {"f32": 2e-5, "bf16": 2e-2}.get(stored, 5e-2)
+        tolerance = {"f32": 2e-5, "bf16": 2e-2, "int8": 2e-2}.get(stored, 5e-2)
     known: dict[int, np.ndarray] = {}
     tokens: dict[int, list[int]] = {}
     rows: dict[int, int] = {}
@@ -293,3 +295,9 @@ def _as_bf16(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32).astype(np.float64)
+
+
+def _as_int8(x: np.ndarray) -> np.ndarray:
+    """Symmetric, a scale per token and head."""
+    scales = np.abs(x).max(axis=-1, keepdims=True) / 127
+    return np.rint(x / scales) * scales

@@ -18,6 +18,7 @@ from pyllmlite.engine.engine import Engine
 from pyllmlite.engine.llm import LLM
 from pyllmlite.engine.overhead import write_tiny_model
 from pyllmlite.model.build import build
+from pyllmlite.model.builder import kv_element_bytes
 
 VOCAB = 1024
 
@@ -73,8 +74,9 @@ def kv_bytes(built_spec, tokens, bytes_per_element):
 
 def assert_neighbours_do_not_matter(directory, cache_tokens=192, **options):
     roomy = made(directory, **options)
-    item = 2 if roomy.cache.kv_dtype == "bf16" else 4
-    memory = kv_bytes(roomy.spec, cache_tokens, item)
+    memory = kv_bytes(
+        roomy.spec, cache_tokens, kv_element_bytes(roomy.cache.kv_dtype, roomy.spec.head_dim)
+    )
     cases = mixed_requests(roomy.spec.vocab_size)
     small = made(directory, kv_cache_memory=memory, **options)
     engine = Engine(small)
@@ -108,13 +110,14 @@ def test_a_request_does_not_feel_its_neighbours(tiny, options):
     assert_neighbours_do_not_matter(tiny, **options)
 
 
+@pytest.mark.parametrize("cache", ["paged", "paged-int8"])
 @pytest.mark.parametrize("name", ["gemma2", "mistral", "gpt2", "bloom"])
-def test_nor_with_windows_and_other_positions(tmp_path, name):
+def test_nor_with_windows_and_other_positions(tmp_path, name, cache):
     pytest.importorskip("transformers")
     from tiny_models import TINY
 
     TINY[name](tmp_path / name)
-    assert_neighbours_do_not_matter(tmp_path / name, cache_tokens=256)
+    assert_neighbours_do_not_matter(tmp_path / name, cache_tokens=256, cache=cache)
 
 
 def test_cache_and_scheduler_change_nothing(tiny):

@@ -7,9 +7,11 @@ import pytest
 
 from pyllmlite.core.errors import CapacityError
 from pyllmlite.hooks.cache import CacheNeeds, KVGroup
+from pyllmlite.hooks.registry import Registry
 from pyllmlite.testing.cache import needs_for
 from pyllmlite_plugins.cache.contiguous import Contiguous
 from pyllmlite_plugins.cache.paged import Paged
+from pyllmlite_plugins.cache.paged_int8 import PagedInt8
 from pyllmlite_plugins.cache.plan import split
 
 BLOCK = 16
@@ -237,6 +239,46 @@ def test_dtype_and_block_size():
     assert half.num_blocks == 40 and half.nbytes == Paged(needs_for((None,), 320)).nbytes
     assert Paged(needs_for((None,), 320, block_size=64)).num_blocks == 5
     assert "cannot be chosen" in Contiguous.supports(needs_for((None,), 100, block_size=16))
+
+
+def test_int8_counts_its_scales():
+    for head_dim, token in ((64, 2 * 2 * (64 + 4)), (18, 2 * (20 + 18 + 8))):
+        changes = {"num_kv_heads": 2, "head_dim": head_dim, "max_model_len": 256}
+        needs = needs_for((None, 20), 320, max_bytes=2 * 320 * token, **changes)
+        cache = PagedInt8(needs)
+        assert cache.kv_dtype == "int8" and cache.layout == "paged-int8"
+        assert cache.nbytes <= needs.max_bytes
+        assert cache.nbytes + 2 * 16 * token * 2 > needs.max_bytes
+    reason = PagedInt8.supports(needs_for((None,), 100, kv_dtype="bf16"))
+    assert reason == "stores int8, not kv_dtype 'bf16'"
+    assert "multiple of 16" in PagedInt8.supports(needs_for((None,), 100, block_size=8))
+
+
+def test_int8_is_chosen_by_name_or_dtype_and_never_by_itself():
+    registry = Registry.load()
+    assert registry.select("cache", "auto", needs_for((None,), 320)).cls is Paged
+    by_dtype = registry.select("cache", "auto", needs_for((None,), 320, kv_dtype="int8"))
+    assert by_dtype.cls is PagedInt8
+    assert registry.select("cache", "paged-int8", needs_for((None,), 320)).cls is PagedInt8
+
+
+def test_int8_tensors():
+    arrays = {}
+
+    class Sink:
+        def tensor(self, name, array, dtype=None):
+            arrays[name] = (array, dtype)
+            return name
+
+    needs = needs_for((None,), 320, num_kv_heads=2, head_dim=18, max_bytes=100_000)
+    (view,) = PagedInt8(needs).add_tensors(Sink())
+    assert view.extra == {"scales": "layers.0.scales_cache"} and view.dtype == "int8"
+    blocks = view.num_blocks
+    k, v, scales = (arrays[name] for name in (view.k, view.v, view.extra["scales"]))
+    assert k[0].shape == (blocks, 2, 5, 64) and k[1] == "int8"
+    assert v[0].shape == (blocks, 2, 4, 72) and v[1] == "int8"
+    assert scales[0].shape == (blocks, 2, 2, 16) and scales[1] == "f32"
+    assert all(array.ctypes.data % 64 == 0 for array, _ in arrays.values())
 
 
 def test_contiguous_has_one_block_a_row():

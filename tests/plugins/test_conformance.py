@@ -11,6 +11,7 @@ from pyllmlite_plugins.attention.flash import Flash
 from pyllmlite_plugins.attention.reference import Reference
 from pyllmlite_plugins.cache.contiguous import Contiguous
 from pyllmlite_plugins.cache.paged import Paged
+from pyllmlite_plugins.cache.paged_int8 import PagedInt8
 from pyllmlite_plugins.decoder.sample import Sample
 from pyllmlite_plugins.quantizer.int8 import LLMInt8
 from pyllmlite_plugins.quantizer.nf4 import NormalFloat4
@@ -29,12 +30,27 @@ class TestFlashContiguous(AttentionConformance):
     cache = Contiguous
 
 
+class TestFlashInt8(AttentionConformance):
+    strategy = Flash
+    cache = PagedInt8
+
+
 class TestReference(AttentionConformance):
     strategy = Reference
 
 
+class TestReferenceInt8(AttentionConformance):
+    strategy = Reference
+    cache = PagedInt8
+
+
 class TestPaged(CacheConformance):
     strategy = Paged
+
+
+class TestPagedInt8(CacheConformance):
+    strategy = PagedInt8
+    operations = 2_000
 
 
 class TestContiguous(CacheConformance):

@@ -74,6 +74,17 @@ def alone(models):
     return result
 
 
+@pytest.fixture(scope="module")
+def alone_int8(models):
+    prompts, params = requests()
+    result = {}
+    for name, path in models.items():
+        options = {"cache": "paged-int8", "max_num_seqs": 1, "enable_prefix_caching": False}
+        llm = load(path, **options)
+        result[name] = [tokens(llm, [p], [s])[0] for p, s in zip(prompts, params, strict=True)]
+    return result
+
+
 MODELS = ["plain", "window", "both"]
 # About 16 blocks: layers times K and V times two heads of 16, in float32.
 SMALL = {"plain": 2 * 16 * 4096, "window": 2 * 16 * 4096, "both": 4 * 16 * 4096}
@@ -111,6 +122,25 @@ def test_a_request_does_not_feel_its_neighbours(models, alone, model, scheduler,
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "options", [{}, {"small": True}, {"max_num_batched_tokens": 24, "threads": 2}]
+)
+def test_nor_with_int8_keys_and_values(models, alone, alone_int8, model, options):
+    prompts, params = requests()
+    options = dict(options)
+    if options.pop("small", False):
+        options["kv_cache_memory"] = SMALL[model] * (16 + 4) // (16 * 4)
+    llm = load(models[model], kv_cache_dtype="int8", **options)
+    assert llm.built.cache.name == "paged-int8"
+    assert tokens(llm, prompts, params) == alone_int8[model]
+    llm.built.cache.check_integrity()
+    assert tokens(llm, prompts, params) == alone_int8[model]  # now with a warm cache
+    pairs = zip(alone[model], alone_int8[model], strict=True)
+    same = [a == b for one, other in pairs for a, b in zip(one, other, strict=True)]
+    assert 0.5 < sum(same) / len(same)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_completions_share_the_prompt_and_differ(models, model):
     llm = load(models[model])
     prompt = list(range(40))
@@ -124,13 +154,15 @@ def test_completions_share_the_prompt_and_differ(models, model):
     llm.built.cache.check_integrity()
 
 
+@pytest.mark.parametrize("cache", ["paged", "paged-int8"])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_reference_attention_agrees(models, alone, model):
+def test_the_reference_attention_agrees(models, alone, alone_int8, model, cache):
     prompts, params = requests()
-    llm = load(models[model], attention="reference")
+    llm = load(models[model], attention="reference", cache=cache)
     greedy = [i for i, p in enumerate(params) if p.temperature == 0]
     got = tokens(llm, [prompts[i] for i in greedy], [params[i] for i in greedy])
-    assert got == [alone[model][i] for i in greedy]
+    want = alone if cache == "paged" else alone_int8
+    assert got == [want[model][i] for i in greedy]
 
 
 @pytest.mark.skipif(

@@ -90,11 +90,17 @@ struct EmbedSpec {
 };
 PLL_API pll_op make_embed(const EmbedSpec& spec);
 
-// KV storage of the built-in caches.  K: [num_blocks, num_kv_heads, head_dim, block_size]
-// (keys transposed: 16 keys to a vector); V: [num_blocks, num_kv_heads, block_size, head_dim].
-// block_size is a multiple of 16.
+// KV storage of the built-in caches.  block_size is a multiple of 16.
+// F32, BF16: K [num_blocks, num_kv_heads, head_dim, block_size] (keys transposed: 16 keys to a
+// vector); V [num_blocks, num_kv_heads, block_size, head_dim].
+// I8: codes with a scale per token and head, value = scale * code, code in [-127, 127] (symmetric,
+// scale = largest magnitude / 127; NaN where a value is not finite).  Four dimensions of a key, and
+// four tokens of a value's column, stand side by side for products of bytes:
+// K [num_blocks, num_kv_heads, ceil(head_dim / 4), block_size, 4], V [num_blocks, num_kv_heads,
+// block_size / 4, head_dim, 4], and f32 scales [num_blocks, num_kv_heads, 2, block_size]: of keys,
+// of values.
 struct KVLayout {
-  pll_dtype dtype = PLL_F32;  // F32 or BF16
+  pll_dtype dtype = PLL_F32;  // F32, BF16 or I8
   int32_t num_blocks = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
@@ -103,7 +109,8 @@ struct KVLayout {
 
 // Optional per-head q/k RMS norm, then rotary (half-split pairs i, i + rotary_dim/2, as in
 // GPT-NeoX) on q and k in place, then k and v into the cache at slot_mapping.
-// Buffers: qkv [tokens, (num_heads + 2 num_kv_heads) * head_dim], k_cache, v_cache.
+// Buffers: qkv [tokens, (num_heads + 2 num_kv_heads) * head_dim], k_cache, v_cache; with I8 the
+// scales as well.
 struct RotaryStoreSpec {
   int32_t num_heads = 0;
   KVLayout kv;
@@ -121,7 +128,7 @@ PLL_API pll_op make_rotary_store(const RotaryStoreSpec& spec);
 // Causal attention of every token to its sequence's cached keys, online softmax (Milakov &
 // Gimelshein 2018; Dao 2023), tiles at absolute positions so that a row's bits depend on
 // neither chunking nor neighbours.  Buffers: qkv (q in its first num_heads * head_dim
-// columns), out [tokens, num_heads * head_dim], k_cache, v_cache.
+// columns), out [tokens, num_heads * head_dim], k_cache, v_cache; with I8 the scales as well.
 struct AttentionSpec {
   int32_t num_heads = 0;
   KVLayout kv;
