@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyllmlite.compress.layer_result import LayerResult
+from pyllmlite.compress.shard import write_text
 from pyllmlite.core.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from pyllmlite.compress.hf_view import HFView
     from pyllmlite.compress.settings import Settings
 
-TOKENS = "calibration.npy"
+TOKENS, PLAN = "calibration.npy", "plan.json"
 
 
 class CalibratedMethod:
@@ -42,9 +44,13 @@ class CalibratedMethod:
                 f"of it: {error}"
             ) from None
         if settings.bits_budget is not None:
-            raise ConfigError(
-                "a budget of bits is not planned yet; give the bits of single matrices: --plan FILE"
-            )
+            try:
+                self.planner: Any = import_module("pyllmlite.compress.bits")
+            except ImportError:
+                raise ConfigError(
+                    "this installation has no planner for --bits-budget; give the bits of single "
+                    "matrices: --plan FILE"
+                ) from None
         self.num_sequences = settings.num_sequences or self.texts.DEFAULT_SEQUENCES
         positions = view.source.spec.max_position_embeddings
         self.seq_len = settings.seq_len or min(self.texts.DEFAULT_LENGTH, positions)
@@ -81,6 +87,8 @@ class CalibratedMethod:
             extra=dict(settings.extra),
         )
         tokens = self._tokens(note, scratch)
+        if settings.bits_budget is not None:
+            asked = replace(asked, plan=self._plan(asked, tokens, note, scratch))
 
         def known(index: int) -> LayerResult | None:
             found = done(index)
@@ -113,6 +121,23 @@ class CalibratedMethod:
         )
         np.save(path, tokens, allow_pickle=False)
         return np.asarray(tokens)
+
+    def _plan(
+        self, asked: Any, tokens: np.ndarray, note: Callable[[str], None], scratch: Path
+    ) -> dict[str, int]:
+        """Bits of every matrix within the budget; kept, so that a run that goes on has the same."""
+        path = scratch / PLAN
+        if path.is_file():
+            found: dict[str, int] = json.loads(path.read_text())
+            return found
+        note("planning bits")
+        made = self.planner.plan_bits(
+            self.view.source, asked, tokens, self.settings.bits_budget,
+            progress=lambda done, total: note(f"planning bits: {done} of {total}"),
+        )  # fmt: skip
+        plan = {name: int(bits) for name, bits in made.plan.items()}
+        write_text(path, json.dumps(plan))
+        return plan
 
     def _theirs(self, index: int) -> str:
         """transformers' prefix of a layer: the checkpoint's, with the body's own in front, which a
