@@ -3,8 +3,9 @@
 // linear.cpp        the op: sharing of work, epilogue, factory
 // linear_rows.cpp   phase 1: an input row normed, scaled, permuted and converted ("record")
 // linear_float.cpp  tile kernels of F32 and BF16 weights
-// linear_quant.cpp  tile kernels of INT8 and INT4 weights
-// linear_codebook.cpp  tile kernels of CODEBOOK4 weights
+// linear_quant.cpp  tile kernels of INT8 and INT4 weights with int8 rows
+// linear_float_rows.cpp  tile kernels of INT8, INT4 and CODEBOOK4 weights with float rows
+// linear_bf16_rows.cpp   the same with bf16 rows
 // linear_outliers.cpp  LLM.int8(): inputs that stay floats
 //
 // Every output element is one chain of operations over ascending columns (of groups, for the
@@ -22,7 +23,8 @@ enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 // A prepared row: its k values (F32: float; BF16: bf16, or rounded to it but kept as float where
 // the machine has no bf16 dot product; INT8: codes), zeros behind them, then
 // per segment a scale (f32, INT8 only), the sum of its codes (i32, INT8 only) and the sum of its
-// values (f32).  A segment is the run of columns whose dot product is scaled at once; it divides
+// values, as rounded (f32).  bf16 that meets codes stands in the order of their pairs: columns
+// 0 2 1 3 of every four (see linear_bf16_rows.cpp).  A segment is the run of columns whose dot product is scaled at once; it divides
 // the weight's group and the activation group.
 struct RowLayout {
   RowType type;
@@ -93,8 +95,9 @@ static constexpr int64_t STREAM_AHEAD = 2048;  // bytes
 
 // panels: 1, TILE_PANELS, or WIDE_PANELS where rows <= WIDE_ROWS.  Int8 rows: rows <= MAX_INT_ROWS.
 TileKernel float_kernel(WeightFormat format, int rows, int panels);
-TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels);
-TileKernel codebook_kernel(int rows, int panels);
+TileKernel int8_rows_kernel(WeightFormat format, int rows, int panels);
+TileKernel float_rows_kernel(WeightFormat format, int rows, int panels);
+TileKernel bf16_rows_kernel(WeightFormat format, int rows, int panels);
 
 // Table of Kernel<ROWS, PANELS>::run for rows 1..ROWS, for the factories above.
 template <template <int, int> class Kernel, int ROWS>
