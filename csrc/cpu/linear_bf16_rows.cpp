@@ -63,10 +63,10 @@ struct BytePairs {
 template <int ROWS, int PANELS>
 inline __attribute__((always_inline)) void add_pair(vf (&part)[ROWS][PANELS],
                                                     const __m512bh (&w)[PANELS],
-                                                    const uint8_t* const (&x)[ROWS], int64_t at) {
+                                                    const RowPointers<ROWS>& x, int64_t at) {
   PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
     int32_t pair;
-    memcpy(&pair, x[r] + at, 4);
+    memcpy(&pair, x.get(r, at), 4);
     const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
     PLL_UNROLL for (int p = 0; p < PANELS; ++p)
         part[r][p].v = _mm512_dpbf16_ps(part[r][p].v, value, w[p]);
@@ -75,12 +75,10 @@ inline __attribute__((always_inline)) void add_pair(vf (&part)[ROWS][PANELS],
 
 template <int ROWS, int PANELS, class Pairs>
 inline __attribute__((always_inline)) void run_bf16_rows(const TileArgs& a) {
-  const RowLayout& row = *a.row;
   const Pairs pairs(a);
   const uint8_t* w[PANELS];
   PLL_UNROLL for (int p = 0; p < PANELS; ++p) w[p] = a.weight + p * a.panel_bytes;
-  const uint8_t* x[ROWS];
-  PLL_UNROLL for (int r = 0; r < ROWS; ++r) x[r] = a.rows + r * row.bytes;
+  const RowPointers<ROWS> x(a);
   each_segment(a, [&](const Segment& s) {
     vf part[ROWS][PANELS];
     PLL_UNROLL for (int r = 0; r < ROWS; ++r) {

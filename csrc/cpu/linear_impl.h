@@ -16,6 +16,8 @@
 
 #include "simd.h"
 
+#define PLL_UNROLL _Pragma("GCC unroll 16")
+
 namespace pyllmlite::PLL_NS {
 
 enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
@@ -127,11 +129,31 @@ PLL_INLINE const void* scales_at(const PackedLinear& w, const void* table, int64
   return table ? static_cast<const char*>(table) + at * (w.wide_scales ? 4 : 2) : nullptr;
 }
 
+// Where the rows of a tile stand: a base for every four rows and offsets that they share.  Twelve
+// offsets of their own would not fit the registers.
+template <int ROWS>
+struct RowPointers {
+  const uint8_t* base[(ROWS + 3) / 4];
+  int64_t stride, stride3;
+
+  explicit inline __attribute__((always_inline)) RowPointers(const TileArgs& a)
+      : stride(a.row->bytes), stride3(3 * a.row->bytes) {
+    asm("" : "+r"(stride3));  // or the compiler makes offsets of its own again
+    PLL_UNROLL for (int i = 0; i < (ROWS + 3) / 4; ++i) {
+      base[i] = a.rows + 4 * i * stride;
+      asm("" : "+r"(base[i]));
+    }
+  }
+  // Byte `at` of row R.
+  inline __attribute__((always_inline)) const uint8_t* get(int r, int64_t at) const {
+    return base[r / 4] + (r % 4 == 3 ? stride3 : r % 4 * stride) + at;
+  }
+};
+
 PLL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 PLL_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace pyllmlite::PLL_NS
 
-#define PLL_UNROLL _Pragma("GCC unroll 16")
 
 #endif
