@@ -11,8 +11,9 @@ called in turn and the best call of each counts, so that they meet the same mach
 in memory as often as it takes to be read from there and not from a cache, as in a model;
 ``--cached``: once.
 
-``x int8``: rows are quantized to int8 inside the op; ``x float``: they stay floats.  ``--check``
-prints every case in which int4 with int8 rows is slower than bf16, and ends with status 1 if any.
+``x int8``: rows are quantized to int8 inside the op; ``x bf16``: they are rounded to bf16;
+``x float``: they stay floats.  ``--check`` prints every case in which int4 with int8 or bf16 rows is
+slower than bf16 weights, and ends with status 1 if any.
 """
 
 from __future__ import annotations
@@ -61,31 +62,38 @@ MOST_COPIES = 512
 
 @dataclass(frozen=True)
 class Format:
-    """A weight format with or without minima, and whether rows are quantized to int8."""
+    """A weight format with or without minima, and what rows become: ``int8``, ``bf16``, ``float``."""
 
     name: str
     weight: str
     group: int
     mins: bool
-    int8_rows: bool
+    rows: str
 
     @property
     def mac_dtype(self) -> str:
-        if self.int8_rows:
-            return "int8"
-        return "bf16" if self.weight == "bf16" else "f32"
+        return "f32" if self.rows == "float" else self.rows
+
+    @property
+    def op_arguments(self) -> dict[str, bool]:
+        own = self.weight != "bf16"  # which rounds its rows by itself
+        return {
+            "int8_activations": self.rows == "int8",
+            "bf16_activations": self.rows == "bf16" and own,
+        }
 
 
 def all_formats() -> list[Format]:
-    formats = [Format("f32", "f32", 0, False, False), Format("bf16", "bf16", 0, False, False)]
-    for rows in ("int8", "float"):
-        int8 = rows == "int8"
-        formats.append(Format(f"int8 x {rows}", "int8", 0, False, int8))
-        formats.append(Format(f"int8 g32 x {rows}", "int8", 32, False, int8))
+    formats = [Format("f32", "f32", 0, False, "float"), Format("bf16", "bf16", 0, False, "bf16")]
+    for rows in ("int8", "bf16", "float"):
+        formats.append(Format(f"int8 x {rows}", "int8", 0, False, rows))
+        formats.append(Format(f"int8 g32 x {rows}", "int8", 32, False, rows))
         for group in (32, 64, 128):
             for mins in (False, True):
                 name = f"int4 g{group}{' mins' if mins else ''} x {rows}"
-                formats.append(Format(name, "int4", group, mins, int8))
+                formats.append(Format(name, "int4", group, mins, rows))
+        if rows != "int8":
+            formats.append(Format(f"nf4 g64 x {rows}", "codebook4", 64, False, rows))
     return formats
 
 
@@ -93,14 +101,15 @@ def make_weight(
     rng: np.random.Generator, fmt: str, n: int, k: int, group: int, mins: bool
 ) -> _native.PackedLinear:
     """A packed ``[n, k]`` matrix; its values repeat every few hundred rows."""
-    packed = _native.PackedLinear.empty(fmt, n, k, group, mins)
+    codebook = np.linspace(-1, 1, 16, dtype=np.float32) if fmt == "codebook4" else None
+    packed = _native.PackedLinear.empty(fmt, n, k, group, mins, codebook=codebook)
     rows = min(n, CHUNK_ROWS)
     scales = None
     if fmt in ("f32", "bf16"):
         values: Any = rng.standard_normal((rows, k), np.float32)
     else:
-        values = rng.integers(0, 16 if fmt == "int4" else 128, (rows, k), np.uint8)
-        values = values if fmt == "int4" else values.view(np.int8)
+        values = rng.integers(0, 128 if fmt == "int8" else 16, (rows, k), np.uint8)
+        values = values.view(np.int8) if fmt == "int8" else values
         scales = np.full((rows, -(-k // (group or k))), 0.01, np.float16)
     for first in range(0, n, rows):
         count = min(rows, n - first)
@@ -113,7 +122,11 @@ class Bench:
     """Some copies of a weight as the ops of one Program, ready to be timed."""
 
     def __init__(
-        self, weights: list[_native.PackedLinear], int8: bool, rows: int, pool: _native.ThreadPool
+        self,
+        weights: list[_native.PackedLinear],
+        op_arguments: dict[str, bool],
+        rows: int,
+        pool: _native.ThreadPool,
     ) -> None:
         n, k = weights[0].shape
         self.copies = len(weights)
@@ -121,7 +134,7 @@ class Bench:
         x = self.program.add_buffer("x", "tokens", k)
         out = self.program.add_buffer("out", "tokens", n)
         for weight in weights:
-            self.program.add_op(_native.linear(weight, int8_activations=int8), [x, out], "linear")
+            self.program.add_op(_native.linear(weight, **op_arguments), [x, out], "linear")
         self.program.finish()
         self.program.buffer(x)[:] = np.random.default_rng(1).standard_normal((rows, k), np.float32)
         self.batch = _native.Batch(1, rows + 1, rows, 1, 2, 0, [])
@@ -139,7 +152,7 @@ def time_op(
     weight: _native.PackedLinear, int8: bool, rows: int, pool: _native.ThreadPool, seconds: float
 ) -> float:
     """Seconds of the best call with one weight, over about ``seconds``."""
-    return in_turn([Bench([weight], int8, rows, pool)], seconds)[0]
+    return in_turn([Bench([weight], {"int8_activations": int8}, rows, pool)], seconds)[0]
 
 
 def in_turn(benches: list[Bench], seconds: float) -> list[float]:
@@ -197,7 +210,7 @@ def measure_shape(
         progress.update(bar, description=f"{name} {n}x{k}: {rows} rows")
         # Many rows make one op last: arithmetic, not memory, is then what is timed.
         benches = [
-            Bench(made[: max(1, len(made) // max(1, rows // 64))], fmt.int8_rows, rows, pool)
+            Bench(made[: max(1, len(made) // max(1, rows // 64))], fmt.op_arguments, rows, pool)
             for fmt, made in zip(formats, weights, strict=True)
         ]
         bandwidth = dram_bandwidth(pool)
@@ -216,11 +229,12 @@ def measure_shape(
 
 
 def slower_than_bf16(results: list[Result]) -> list[str]:
-    """Every int4 case with int8 rows that takes longer than bf16 at the same shape and rows."""
+    """Every int4 case with int8 or bf16 rows that takes longer than bf16 weights at the same shape
+    and rows."""
     bf16 = {(one.shape, one.rows): one.seconds for one in results if one.format == "bf16"}
     lines = []
     for one in results:
-        if not one.format.startswith("int4") or not one.format.endswith("x int8"):
+        if not one.format.startswith("int4") or one.format.endswith("x float"):
             continue
         limit = bf16.get((one.shape, one.rows))
         if limit is not None and one.seconds > limit:
@@ -298,7 +312,7 @@ def main() -> None:
         result = {"machine": asdict(machine), "results": [asdict(one) for one in results]}
         print(json.dumps(result | {"slower_than_bf16": slower}, indent=1))
     elif args.check:
-        print(*(slower or ["int4 with int8 rows is nowhere slower than bf16"]), sep="\n")
+        print(*(slower or ["int4 with int8 or bf16 rows is nowhere slower than bf16"]), sep="\n")
     if args.check and slower:
         sys.exit(1)
 

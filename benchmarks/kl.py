@@ -140,9 +140,15 @@ def main() -> None:
     tokens = tokens[: args.tokens]
     if len(tokens) < 2 or args.window < 2:
         raise SystemExit("a window needs at least 2 tokens of text")
-    floats = {"extra": {"int8_activations": False}, "kv_cache_dtype": "f32"}
     variants: dict[str, dict[str, Any]] = {
-        "f32 activations, f32 KV": floats,
+        "f32 activations, f32 KV": {
+            "extra": {"int8_activations": False, "bf16_activations": False},
+            "kv_cache_dtype": "f32",
+        },
+        "bf16 activations, f32 KV": {
+            "extra": {"int8_activations": False},
+            "kv_cache_dtype": "f32",
+        },
         "int8 activations, f32 KV": {"kv_cache_dtype": "f32"},
         "int8 activations, default KV": {},
     }

@@ -276,6 +276,7 @@ def linear(
     output_scale: float = 1.0,
     multiply: bool = False,
     outlier_threshold: float = 0.0,
+    bf16_activations: bool = False,
 ) -> Op:
     """``csrc/include/pyllmlite/ops.h`` has what is computed."""
 

@@ -128,7 +128,8 @@ PyOp linear(const PyPackedLinear& weight, const std::optional<NormArgs>& norm,
             const OptionalIndices& input_permutation, const OptionalFloats& input_scale,
             bool int8_activations, int64_t activation_group, const OptionalFloats& bias,
             const std::string& activation, bool gated, bool residual, bool logit_rows,
-            float softcap, float output_scale, bool multiply, float outlier_threshold) {
+            float softcap, float output_scale, bool multiply, float outlier_threshold,
+            bool bf16_activations) {
   const int64_t n = weight.weight.n, k = weight.weight.k;
   if (gated != weight.gated) {
     throw py::value_error(gated ? "a gated linear needs a weight that was packed with gated=True"
@@ -154,6 +155,7 @@ PyOp linear(const PyPackedLinear& weight, const std::optional<NormArgs>& norm,
   spec.input_scale = inputs.floats(input_scale, k, "input_scale");
   spec.int8_activations = int8_activations;
   spec.activation_group = activation_group;
+  spec.bf16_activations = bf16_activations;
   spec.bias = inputs.floats(bias, n, "bias");
   spec.activation = activation_from_name(activation);
   spec.gated = gated;
@@ -267,7 +269,7 @@ void bind_ops(py::module_& m) {
         py::arg("bias") = none, py::arg("activation") = "none", py::arg("gated") = false,
         py::arg("residual") = false, py::arg("logit_rows") = false, py::arg("softcap") = 0.0f,
         py::arg("output_scale") = 1.0f, py::arg("multiply") = false,
-        py::arg("outlier_threshold") = 0.0f);
+        py::arg("outlier_threshold") = 0.0f, py::arg("bf16_activations") = false);
   m.def("norm", &norm, py::arg("norm"), py::arg("width"), py::arg("residual") = false);
   m.def("embed", &embed, py::arg("table"), py::arg("scale") = 1.0f,
         py::arg("position_table") = none, py::arg("position_offset") = 0);

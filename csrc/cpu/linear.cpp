@@ -425,6 +425,11 @@ void set_layout(LinearState* s) {
     const int64_t group = w.group_size == 0 || w.group_size >= k ? k : w.group_size;
     s->panel_scales = (k + group - 1) / group * 16;
     int64_t activation = k;
+    if (spec.bf16_activations) {
+      row.type = RowType::BF16;
+      // Rounded here, so that every instruction set multiplies the same values.
+      for (float& value : s->spec.weight.codebook) value = bf16_to_f32(f32_to_bf16(value));
+    }
     if (spec.int8_activations) {
       row.type = RowType::INT8;
       activation = spec.activation_group != 0 ? spec.activation_group : group < k ? group : 64;
@@ -485,6 +490,21 @@ void check(const LinearSpec& spec) {
   if (spec.int8_activations && (!quantized || w.format == WeightFormat::CODEBOOK4)) {
     throw std::invalid_argument("linear: int8 activations need an int8 or int4 weight");
   }
+  if (spec.bf16_activations && (spec.int8_activations || w.format == WeightFormat::F32)) {
+    throw std::invalid_argument(
+        "linear: bf16 activations need a bf16, int8, int4 or codebook4 weight and exclude int8 "
+        "activations");
+  }
+}
+
+TileKernel find_kernel(WeightFormat format, RowType type, int rows, int panels) {
+  if (!has_groups(format)) return float_kernel(format, rows, panels);
+  switch (type) {
+    case RowType::INT8: return int8_rows_kernel(format, rows, panels);
+    case RowType::BF16: return bf16_rows_kernel(format, rows, panels);
+    case RowType::F32: return float_rows_kernel(format, rows, panels);
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -501,14 +521,11 @@ pll_op make_linear(const LinearSpec& spec) {
     throw;
   }
   const WeightFormat format = spec.weight.format;
-  const bool codebook = format == WeightFormat::CODEBOOK4;
   const int panels[3] = {1, TILE_PANELS, WIDE_PANELS};
   for (int rows = 1; rows <= static_cast<int>(linear->state.max_rows); ++rows) {
     for (int i = 0; i < 3; ++i) {
       linear->kernels[rows][i] =
-          codebook             ? codebook_kernel(rows, panels[i])
-          : has_groups(format) ? quant_kernel(format, linear->state.row.type, rows, panels[i])
-                               : float_kernel(format, rows, panels[i]);
+          find_kernel(format, linear->state.row.type, rows, panels[i]);
     }
   }
   pll_op op{};

@@ -55,9 +55,8 @@ template <int ROWS, int PANELS>
 struct BF16Kernel {
   static void run(const TileArgs& a) {
     const uint8_t* w[PANELS];
-    const uint8_t* x[ROWS];
+    const RowPointers<ROWS> x(a);
     PLL_UNROLL for (int p = 0; p < PANELS; ++p) w[p] = a.weight + p * a.panel_bytes;
-    PLL_UNROLL for (int r = 0; r < ROWS; ++r) x[r] = a.rows + r * a.row->bytes;
     Accumulators<ROWS, PANELS> acc;
     acc.load(a);
     const int64_t end = (a.k1 + 1) / 2;
@@ -69,7 +68,7 @@ struct BF16Kernel {
       }
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         int32_t pair;
-        memcpy(&pair, x[r] + i * 4, 4);
+        memcpy(&pair, x.get(r, i * 4), 4);
         const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
         PLL_UNROLL for (int p = 0; p < PANELS; ++p)
             acc.v[r][p].v = _mm512_dpbf16_ps(acc.v[r][p].v, value, b[p]);

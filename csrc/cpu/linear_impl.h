@@ -3,8 +3,9 @@
 // linear.cpp        the op: sharing of work, epilogue, factory
 // linear_rows.cpp   phase 1: an input row normed, scaled, permuted and converted ("record")
 // linear_float.cpp  tile kernels of F32 and BF16 weights
-// linear_quant.cpp  tile kernels of INT8 and INT4 weights
-// linear_codebook.cpp  tile kernels of CODEBOOK4 weights
+// linear_quant.cpp  tile kernels of INT8 and INT4 weights with int8 rows
+// linear_float_rows.cpp  tile kernels of INT8, INT4 and CODEBOOK4 weights with float rows
+// linear_bf16_rows.cpp   the same with bf16 rows
 // linear_outliers.cpp  LLM.int8(): inputs that stay floats
 //
 // Every output element is one chain of operations over ascending columns (of groups, for the
@@ -15,6 +16,8 @@
 
 #include "simd.h"
 
+#define PLL_UNROLL _Pragma("GCC unroll 16")
+
 namespace pyllmlite::PLL_NS {
 
 enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
@@ -22,7 +25,8 @@ enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 // A prepared row: its k values (F32: float; BF16: bf16, or rounded to it but kept as float where
 // the machine has no bf16 dot product; INT8: codes), zeros behind them, then
 // per segment a scale (f32, INT8 only), the sum of its codes (i32, INT8 only) and the sum of its
-// values (f32).  A segment is the run of columns whose dot product is scaled at once; it divides
+// values, as rounded (f32).  bf16 that meets codes stands in the order of their pairs: columns
+// 0 2 1 3 of every four (see linear_bf16_rows.cpp).  A segment is the run of columns whose dot product is scaled at once; it divides
 // the weight's group and the activation group.
 struct RowLayout {
   RowType type;
@@ -93,8 +97,9 @@ static constexpr int64_t STREAM_AHEAD = 2048;  // bytes
 
 // panels: 1, TILE_PANELS, or WIDE_PANELS where rows <= WIDE_ROWS.  Int8 rows: rows <= MAX_INT_ROWS.
 TileKernel float_kernel(WeightFormat format, int rows, int panels);
-TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels);
-TileKernel codebook_kernel(int rows, int panels);
+TileKernel int8_rows_kernel(WeightFormat format, int rows, int panels);
+TileKernel float_rows_kernel(WeightFormat format, int rows, int panels);
+TileKernel bf16_rows_kernel(WeightFormat format, int rows, int panels);
 
 // Table of Kernel<ROWS, PANELS>::run for rows 1..ROWS, for the factories above.
 template <template <int, int> class Kernel, int ROWS>
@@ -124,11 +129,31 @@ PLL_INLINE const void* scales_at(const PackedLinear& w, const void* table, int64
   return table ? static_cast<const char*>(table) + at * (w.wide_scales ? 4 : 2) : nullptr;
 }
 
+// Where the rows of a tile stand: a base for every four rows and offsets that they share.  Twelve
+// offsets of their own would not fit the registers.
+template <int ROWS>
+struct RowPointers {
+  const uint8_t* base[(ROWS + 3) / 4];
+  int64_t stride, stride3;
+
+  explicit inline __attribute__((always_inline)) RowPointers(const TileArgs& a)
+      : stride(a.row->bytes), stride3(3 * a.row->bytes) {
+    asm("" : "+r"(stride3));  // or the compiler makes offsets of its own again
+    PLL_UNROLL for (int i = 0; i < (ROWS + 3) / 4; ++i) {
+      base[i] = a.rows + 4 * i * stride;
+      asm("" : "+r"(base[i]));
+    }
+  }
+  // Byte `at` of row R.
+  inline __attribute__((always_inline)) const uint8_t* get(int r, int64_t at) const {
+    return base[r / 4] + (r % 4 == 3 ? stride3 : r % 4 * stride) + at;
+  }
+};
+
 PLL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 PLL_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace pyllmlite::PLL_NS
 
-#define PLL_UNROLL _Pragma("GCC unroll 16")
 
 #endif

@@ -1,7 +1,6 @@
-// Tile kernels for INT8 and INT4 weights, with int8 rows (exact integer dot products) or float
-// rows (codes turned to floats in registers).
+// Tile kernels for INT8 and INT4 weights with int8 rows: exact integer dot products.
 //
-// Both sum a segment first, then add it to the output with one multiply-add by the group's scale
+// A segment is summed first, then added to the output with one multiply-add by the group's scale
 // (and one by its minimum and the segment's sum of inputs), segments ascending.
 
 #include "linear_segments.h"
@@ -67,55 +66,6 @@ struct IntKernel {
   }
 };
 
-template <int ROWS, int PANELS, bool INT4, bool SIGNED>
-inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
-  const RowLayout& row = *a.row;
-  const uint8_t* w[PANELS];
-  PLL_UNROLL for (int p = 0; p < PANELS; ++p) w[p] = a.weight + p * a.panel_bytes;
-  const float* x[ROWS];
-  PLL_UNROLL for (int r = 0; r < ROWS; ++r)
-      x[r] = reinterpret_cast<const float*>(a.rows + r * row.bytes);
-  each_segment(a, [&](const Segment& s) {
-    vf part[ROWS][PANELS];
-    PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-      PLL_UNROLL for (int p = 0; p < PANELS; ++p) part[r][p] = vzero();
-    }
-    constexpr int64_t STEP = INT4 ? 8 : 4;
-    for (int64_t k = s.k0; k < s.k1; k += STEP) {
-      vi raw[PANELS];
-      vf code[PANELS];
-      PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
-        const uint8_t* from = w[p] + k * (64 / STEP);
-        raw[p] = vi_load(from);
-        ask_ahead<PANELS>(from + a.ahead);
-      }
-#define PLL_COLUMN(j, decode)                                        \
-  PLL_UNROLL for (int p = 0; p < PANELS; ++p) code[p] = decode(raw[p]); \
-  add_column<ROWS, PANELS>(part, code, x, k + (j))
-      if constexpr (INT4) {
-        PLL_COLUMN(0, (u4_decode<0, SIGNED>));
-        PLL_COLUMN(1, (u4_decode<8, SIGNED>));
-        PLL_COLUMN(2, (u4_decode<16, SIGNED>));
-        PLL_COLUMN(3, (u4_decode<24, SIGNED>));
-        PLL_COLUMN(4, (u4_decode<4, SIGNED>));
-        PLL_COLUMN(5, (u4_decode<12, SIGNED>));
-        PLL_COLUMN(6, (u4_decode<20, SIGNED>));
-        PLL_COLUMN(7, (u4_decode<28, SIGNED>));
-      } else {
-        PLL_COLUMN(0, (i8_decode<0>));
-        PLL_COLUMN(1, (i8_decode<1>));
-        PLL_COLUMN(2, (i8_decode<2>));
-        PLL_COLUMN(3, (i8_decode<3>));
-      }
-#undef PLL_COLUMN
-    }
-    float row_sum[ROWS];
-    PLL_UNROLL for (int r = 0; r < ROWS; ++r)
-        memcpy(&row_sum[r], a.rows + r * row.bytes + row.sum_at + 4 * s.index, 4);
-    add_segment<ROWS, PANELS>(a, s, part, nullptr, row_sum);
-  });
-}
-
 template <int ROWS, int PANELS>
 struct Int8IntRows {
   static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, false>::run(a); }
@@ -124,31 +74,11 @@ template <int ROWS, int PANELS>
 struct Int4IntRows {
   static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, true>::run(a); }
 };
-template <int ROWS, int PANELS>
-struct Int8FloatRows {
-  static void run(const TileArgs& a) { run_float_rows<ROWS, PANELS, false, true>(a); }
-};
-template <int ROWS, int PANELS>
-struct Int4FloatRows {
-  static void run(const TileArgs& a) {
-    if (a.mins) {
-      run_float_rows<ROWS, PANELS, true, false>(a);
-    } else {
-      run_float_rows<ROWS, PANELS, true, true>(a);
-    }
-  }
-};
-
 }  // namespace
 
-TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels) {
-  const bool int4 = format == WeightFormat::INT4;
-  if (type == RowType::INT8) {
-    return int4 ? KernelTable<Int4IntRows, MAX_INT_ROWS>::find(rows, panels)
-                : KernelTable<Int8IntRows, MAX_INT_ROWS>::find(rows, panels);
-  }
-  return int4 ? KernelTable<Int4FloatRows, MAX_ROWS>::find(rows, panels)
-              : KernelTable<Int8FloatRows, MAX_ROWS>::find(rows, panels);
+TileKernel int8_rows_kernel(WeightFormat format, int rows, int panels) {
+  return format == WeightFormat::INT4 ? KernelTable<Int4IntRows, MAX_INT_ROWS>::find(rows, panels)
+                                      : KernelTable<Int8IntRows, MAX_INT_ROWS>::find(rows, panels);
 }
 
 }  // namespace pyllmlite::PLL_NS

@@ -130,6 +130,41 @@ void quantize(const RowLayout& row, const float* y, float* temp, uint8_t* record
   memset(codes + row.k, 0, 16);
 }
 
+void write_sums(const RowLayout& row, const float* values, uint8_t* record) {
+  float* sums = reinterpret_cast<float*>(record + row.sum_at);
+  for (int64_t s = 0; s < row.num_segments; ++s) {
+    const int64_t begin = s * row.segment;
+    sums[s] = plain_sum(values + begin, at_most(row.segment, row.k - begin));
+  }
+}
+
+// y, which has zeros up to y[k + 16], rounded to bf16, with the sums of what it became.
+void write_bf16(const RowLayout& row, float* y, uint8_t* record) {
+#if PLL_ISA >= PLL_ISA_AVX512_BF16
+  uint16_t* to = reinterpret_cast<uint16_t*>(record);
+  for (int64_t i = 0; i < row.k; i += 16) vstore_bf16(to + i, vload(y + i));
+  memset(to + row.k, 0, 16 * sizeof(uint16_t));
+  if (row.num_segments == 0) return;
+  for (int64_t i = 0; i < row.k; i += 16) {
+    vstore(y + i, vload_bf16(to + i));
+    // Columns 0 2 1 3 of every four, the order in which linear_bf16_rows.cpp pairs codes.
+    constexpr int ORDER = 0 | 2 << 2 | 1 << 4 | 3 << 6;
+    const __m256i plain = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(to + i));
+    const __m256i paired =
+        _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(plain, ORDER), ORDER);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), paired);
+  }
+#else
+  for (int64_t i = 0; i < row.k; i += 16) {
+    uint16_t rounded[16];
+    vstore_bf16(rounded, vload(y + i));
+    vstore(y + i, vload_bf16(rounded));
+  }
+  memcpy(record, y, static_cast<size_t>(row.k + 16) * sizeof(float));
+#endif
+  write_sums(row, y, record);
+}
+
 }  // namespace
 
 void prepare_row(const LinearState& state, const float* x, float* temp, uint8_t* record) {
@@ -148,31 +183,12 @@ void prepare_row(const LinearState& state, const float* x, float* temp, uint8_t*
   memset(y + k, 0, 16 * sizeof(float));
 
   switch (row.type) {
-    case RowType::F32: {
-      float* sums = reinterpret_cast<float*>(record + row.sum_at);
-      for (int64_t s = 0; s < row.num_segments; ++s) {
-        const int64_t begin = s * row.segment;
-        const int64_t n = begin + row.segment < k ? row.segment : k - begin;
-        sums[s] = plain_sum(y + begin, n);
-      }
+    case RowType::F32:
+      write_sums(row, y, record);
       break;
-    }
-    case RowType::BF16: {
-#if PLL_ISA >= PLL_ISA_AVX512_BF16
-      uint16_t* to = reinterpret_cast<uint16_t*>(record);
-      for (int64_t i = 0; i < k; i += 16) vstore_bf16(to + i, vload(y + i));
-      memset(to + k, 0, 16 * sizeof(uint16_t));
-#else
-      float* to = reinterpret_cast<float*>(record);
-      for (int64_t i = 0; i < k; i += 16) {
-        uint16_t rounded[16];
-        vstore_bf16(rounded, vload(y + i));
-        vstore(to + i, vload_bf16(rounded));
-      }
-      memset(to + k, 0, 16 * sizeof(float));
-#endif
+    case RowType::BF16:
+      write_bf16(row, y, record);
       break;
-    }
     case RowType::INT8:
       if (row.outliers_at != 0) take_outliers(state, y, record);
       quantize(row, y, temp + (k + 31) / 16 * 16, record);

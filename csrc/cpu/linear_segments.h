@@ -41,6 +41,14 @@ static inline __attribute__((always_inline)) void each_segment(const TileArgs& a
   }
 }
 
+// Each row's sum of its values in a segment.
+template <int ROWS>
+static inline __attribute__((always_inline)) void load_row_sums(const TileArgs& a, const Segment& s,
+                                                                float (&sums)[ROWS]) {
+  PLL_UNROLL for (int r = 0; r < ROWS; ++r)
+      memcpy(&sums[r], a.rows + r * a.row->bytes + a.row->sum_at + 4 * s.index, 4);
+}
+
 // acc += scale * part (+ min * sum), part already times the row's own scale.
 template <int ROWS, int PANELS>
 static inline __attribute__((always_inline)) void add_segment(

@@ -181,7 +181,7 @@ struct Reference {
       y[i] = normed[spec.input_permutation ? spec.input_permutation[i] : i];
     }
     const bool exact_input = norm.kind == Norm::NONE;
-    if (spec.weight.format == WeightFormat::BF16) {
+    if (spec.weight.format == WeightFormat::BF16 || spec.bf16_activations) {
       for (int64_t i = 0; i < k; ++i) {
         step[i] = exact_input ? 0 : std::fabs(y[i]) / 128;
         y[i] = to_bf16(static_cast<float>(y[i]));
@@ -273,6 +273,19 @@ struct Case {
     spec.output_scale = random.below(4) == 0 ? 0.37f : 1.0f;
     spec.logit_rows = random.below(4) == 0;
   }
+  // Rows to bf16, and a codebook with them: what the matrix stands for changes.
+  void round_to_bf16(bool on) {
+    spec.bf16_activations = on;
+    const PackedLinear& w = spec.weight;
+    if (!on || w.format != WeightFormat::CODEBOOK4) return;
+    PackedLinear rounded = w;
+    for (float& value : rounded.codebook) value = to_bf16(value);
+    std::vector<float> row(w.k);
+    for (int64_t r = 0; r < w.n; ++r) {
+      unpack_row(rounded, r, row.data(), spec.gated);
+      for (int64_t i = 0; i < w.k; ++i) matrix.values[r * w.k + i] = row[i];
+    }
+  }
   int64_t columns() const { return spec.gated ? spec.weight.n / 2 : spec.weight.n; }
 };
 
@@ -343,6 +356,7 @@ struct Variant {
   int64_t activation_group;
   Extras extras = {};
   float threshold = 0;
+  bool bf16 = false;
 };
 const Variant VARIANTS[] = {
     {WeightFormat::F32, 0, false, false, 0},    {WeightFormat::BF16, 0, false, false, 0},
@@ -362,6 +376,14 @@ const Variant VARIANTS[] = {
     {WeightFormat::CODEBOOK4, 0, false, false, 0, {true, false}},
     {WeightFormat::INT8, 0, false, true, 9999, {}, 1.9f},  // few outliers
     {WeightFormat::INT8, 0, false, true, 9999, {true, false}, 0.3f},  // most are
+    {WeightFormat::INT8, 0, false, false, 0, {}, 0, true},
+    {WeightFormat::INT8, 12, true, false, 0, {}, 0, true},
+    {WeightFormat::INT4, 32, false, false, 0, {}, 0, true},
+    {WeightFormat::INT4, 8, true, false, 0, {true, false}, 0, true},
+    {WeightFormat::INT4, 64, false, false, 0, {false, true}, 0, true},
+    {WeightFormat::INT4, 0, true, false, 0, {}, 0, true},
+    {WeightFormat::CODEBOOK4, 64, false, false, 0, {}, 0, true},
+    {WeightFormat::CODEBOOK4, 0, false, false, 0, {true, false}, 0, true},
 };
 
 void test_values(const std::string& isa) {
@@ -375,6 +397,7 @@ void test_values(const std::string& isa) {
         const bool gated = round == 2 && shape[0] % 2 == 0;
         Case c(random, v.format, shape[0], shape[1], v.group, v.mins, gated, v.extras);
         c.spec.int8_activations = v.int8;
+        c.round_to_bf16(v.bf16);
         c.spec.activation_group = v.activation_group;
         c.spec.outlier_threshold = v.threshold;
         if (round > 0) c.add_flags(random);
@@ -386,6 +409,7 @@ void test_values(const std::string& isa) {
     // Many rows, many columns: blocks over rows and over columns.
     Case c(random, v.format, 70, 1090, v.group, v.mins, true, v.extras);
     c.spec.int8_activations = v.int8;
+    c.round_to_bf16(v.bf16);
     c.spec.activation_group = v.activation_group;
     c.spec.outlier_threshold = v.threshold;
     c.add_flags(random);
@@ -398,6 +422,7 @@ void test_rows_alone(const std::string& isa) {
   for (const Variant& v : VARIANTS) {
     Case c(random, v.format, 86, 330, v.group, v.mins, true, v.extras);
     c.spec.int8_activations = v.int8;
+    c.round_to_bf16(v.bf16);
     c.spec.activation_group = v.activation_group;
     c.spec.outlier_threshold = v.threshold;
     c.spec.norm.kind = Norm::RMS;
@@ -440,6 +465,7 @@ void test_bad_rows(const std::string& isa) {
   for (const Variant& v : VARIANTS) {
     Case c(random, v.format, 40, 200, v.group, v.mins, false, v.extras);
     c.spec.int8_activations = v.int8;
+    c.round_to_bf16(v.bf16);
     c.spec.activation_group = v.activation_group;
     c.spec.outlier_threshold = v.threshold;
     const int64_t rows = 14, k = 200, n = 40;
@@ -524,6 +550,15 @@ void test_refusals(const std::string& isa) {
   f.spec.gated = false;
   f.spec.int8_activations = true;
   check(refused(f.spec), "%s: int8 activations of f32 weights", isa.c_str());
+  f.spec.int8_activations = false;
+  f.spec.bf16_activations = true;
+  check(refused(f.spec), "%s: bf16 activations of f32 weights", isa.c_str());
+  c.spec.weight.scales = c.matrix.packed.scales;
+  c.spec.bf16_activations = true;
+  check(refused(c.spec), "%s: bf16 and int8 activations", isa.c_str());
+  c.spec.int8_activations = false;
+  c.spec.activation_group = 0;
+  check(!refused(c.spec), "%s: bf16 activations fit", isa.c_str());
   Case b(random, WeightFormat::CODEBOOK4, 16, 96, 32, false, false);
   b.spec.int8_activations = true;
   check(refused(b.spec), "%s: int8 activations of codebook weights", isa.c_str());

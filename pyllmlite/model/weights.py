@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pyllmlite.hooks.quantizer import Quantizer
     from pyllmlite.model.source import MappedTensor, ModelSource
 
-PACKED_FORMATS = ("f32", "bf16", "int8", "int4", "codebook4")
+CODE_FORMATS = ("int8", "int4", "codebook4")
+PACKED_FORMATS = ("f32", "bf16", *CODE_FORMATS)
 GATE_BLOCK = 16  # gate and up rows alternate in blocks of 16, so each half is padded to that
 CHUNK_ELEMENTS = 4 << 20  # 16 MB of float32: what a row-wise quantizer is given at once
 
@@ -50,6 +51,7 @@ class PackedMatrix:
     input_permutation: np.ndarray | None = None
     activation_group: int = 0
     outlier_threshold: float = 0.0
+    bf16_activations: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +62,7 @@ class PackedMatrix:
         """What its products are of: see :class:`~pyllmlite.runtime.cost.OpCost`."""
         if self.int8_activations:
             return "int8"
-        return "bf16" if self.packed.format == "bf16" else "f32"
+        return "bf16" if self.bf16_activations or self.packed.format == "bf16" else "f32"
 
     @property
     def label(self) -> str:
@@ -78,6 +80,7 @@ class PackedMatrix:
             "input_scale": self.input_scale,
             "input_permutation": self.input_permutation,
             "outlier_threshold": self.outlier_threshold,
+            "bf16_activations": self.bf16_activations,
         }
 
 
@@ -158,14 +161,14 @@ def _quantize(source: ModelSource, plan: MatrixPlan, quantizer: Quantizer) -> Pa
         weight = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         made = quantizer.quantize(shape, weight)
         _check(quantizer, shape, made, shape.out_features)
-        result = _empty(shape, made)
+        result = _empty(shape, made, quantizer)
         _put(result, 0, made)
         return result
     packed: PackedMatrix | None = None
     for first, block in _float_rows(source, plan, whole=False):
         made = quantizer.quantize(shape, block)
         _check(quantizer, shape, made, block.shape[0])
-        packed = packed or _empty(shape, made)
+        packed = packed or _empty(shape, made, quantizer)
         _put(packed, first, made)
     assert packed is not None
     return packed
@@ -181,7 +184,11 @@ def _load_part(
     return made
 
 
-def _empty(shape: LinearShape, like: LinearWeight) -> PackedMatrix:
+def _empty(shape: LinearShape, like: LinearWeight, quantizer: Quantizer) -> PackedMatrix:
+    """Float inputs of codes are rounded to bf16 as those of bf16 weights are, unless the dtype is
+    f32 or ``extra["bf16_activations"]`` says otherwise."""
+    needs = quantizer.needs
+    rounded = bool(needs.extra.get("bf16_activations", needs.dtype != "f32"))
     packed = native().PackedLinear.empty(
         like.format,
         shape.out_features,
@@ -200,6 +207,7 @@ def _empty(shape: LinearShape, like: LinearWeight) -> PackedMatrix:
         like.input_permutation,
         like.activation_group,
         like.outlier_threshold,
+        rounded and like.format in CODE_FORMATS and not like.int8_activations,
     )
 
 
@@ -271,7 +279,7 @@ def _keep(
         rest = np.arange(known, columns, dtype=np.int32)
         layout = replace(layout, input_permutation=np.append(layout.input_permutation, rest))
     _check_format(quantizer, plan.shape, layout)
-    result = _empty(plan.shape, layout)
+    result = _empty(plan.shape, layout, quantizer)
     first, step = 0, max(GATE_BLOCK, CHUNK_ELEMENTS // columns)
     for part in plan.parts:
         tensor = source.raw(part.name)

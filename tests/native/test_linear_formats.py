@@ -81,6 +81,42 @@ def test_product(fmt, group, options, rows):
     assert np.array_equal(alone[0].view(np.uint32), together[-1].view(np.uint32))
 
 
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13, 100])
+@pytest.mark.parametrize("k", [1, 6, 203, 600])
+@pytest.mark.parametrize("fmt,group,options", CASES)
+def test_product_of_bf16_rows(fmt, group, options, k, rows):
+    """Rows and codebook are rounded, codes, scales and sums are not."""
+    rng = np.random.default_rng(rows + k)
+    n = 83
+    weight = random_weight(rng, fmt, n, k, group, **options)
+    op = _native.linear(packed(weight), bf16_activations=True)
+    x = rng.standard_normal((rows, k)).astype(np.float32)
+    if weight.codebook is not None:
+        weight.codebook = to_bf16(weight.codebook)
+    y, values = to_bf16(x).astype(np.float64), weight.float32().astype(np.float64)
+    got = run(op, x, n)
+    assert (np.abs(got - y @ values.T) <= 3e-6 * (np.abs(y) @ (np.abs(values) + 0.5).T) + 1e-5).all()
+    for r in (0, rows - 1):
+        alone = run(_native.linear(packed(weight), bf16_activations=True), x[r : r + 1].copy(), n, 1)
+        assert np.array_equal(alone[0].view(np.uint32), got[r].view(np.uint32))
+
+
+def test_bf16_rows_are_those_of_bf16_weights():
+    """Codes that are the weights themselves give what the bf16 format gives."""
+    rng = np.random.default_rng(3)
+    codes = rng.integers(-128, 128, (40, 256)).astype(np.int8)
+    x = rng.standard_normal((9, 256)).astype(np.float32)
+    scales = np.ones((40, 1), np.float16)
+    coded = run(_native.linear(_native.PackedLinear("int8", codes, scales), bf16_activations=True), x, 40)
+    plain = run(_native.linear(_native.PackedLinear("bf16", codes.astype(np.float32))), x, 40)
+    np.testing.assert_allclose(coded, plain, rtol=1e-5, atol=1e-2 * np.finfo(np.float16).eps)
+
+
 @pytest.mark.parametrize("fmt,group,options", [case for case in CASES if case[0] != "codebook4"])
 def test_product_of_int8_rows(fmt, group, options):
     rng = np.random.default_rng(5)
@@ -196,6 +232,11 @@ def test_refusals():
             _native.linear(matrix, int8_activations=True, outlier_threshold=6.0)
     with pytest.raises(ValueError, match="int8 or int4 weight"):
         _native.linear(codes, int8_activations=True)
+    with pytest.raises(ValueError, match="exclude int8"):
+        _native.linear(plain, int8_activations=True, bf16_activations=True)
+    with pytest.raises(ValueError, match="bf16 activations need"):
+        floats = _native.PackedLinear("f32", np.zeros((16, 64), np.float32))
+        _native.linear(floats, bf16_activations=True)
     with pytest.raises(ValueError, match="exclude each other"):
         _native.linear(plain, residual=True, multiply=True)
     values, scales = np.zeros((16, 64), np.uint8), np.ones((16, 2), np.float16)

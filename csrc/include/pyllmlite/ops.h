@@ -56,6 +56,8 @@ struct LinearSpec {
   const int32_t* input_permutation = nullptr;  // [k]: column j of W reads x[input_permutation[j]]
   const float* input_scale = nullptr;       // [k]: multiplies the normed input (AWQ)
   bool int8_activations = false;            // quantize rows to int8 per group of `activation_group`
+  bool bf16_activations = false;            // round rows, and a codebook, to bf16, as BF16 weights
+                                            // always do; needs a weight of codes, not int8 rows
   int64_t activation_group = 0;             // 0: the weight's group, or 64 where that is the whole row
   float outlier_threshold = 0;              // > 0: inputs of larger magnitude stay floats
                                             // (LLM.int8()); needs int8_activations, INT8
