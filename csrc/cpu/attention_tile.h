@@ -27,7 +27,7 @@ constexpr int32_t kSplitTiles = kSplit / kTile;
 // Rows that share loads: a chunk has at most so many.
 #if PLL_ISA >= PLL_ISA_AVX512
 constexpr int32_t kRows = 8;
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 constexpr int32_t kRows = 4;
 #else
 constexpr int32_t kRows = 2;

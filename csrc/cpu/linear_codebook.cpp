@@ -16,7 +16,7 @@ struct Codebook {
     return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, SHIFT), table)};
   }
 };
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 struct Codebook {
   __m256 low, high;  // values 0 to 7 and 8 to 15
   explicit Codebook(const float* values)

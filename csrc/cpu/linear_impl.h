@@ -4,6 +4,7 @@
 // linear_rows.cpp   phase 1: an input row normed, scaled, permuted and converted ("record")
 // linear_float.cpp  tile kernels of F32 and BF16 weights
 // linear_quant.cpp  tile kernels of INT8 and INT4 weights
+// linear_int256.cpp  those with int8 rows for AVX2 and AVX-VNNI
 // linear_codebook.cpp  tile kernels of CODEBOOK4 weights
 // linear_outliers.cpp  LLM.int8(): inputs that stay floats
 //
@@ -14,6 +15,9 @@
 #define PYLLMLITE_CPU_LINEAR_IMPL_H
 
 #include "simd.h"
+
+// Whether int8 rows have kernels of their own, in linear_int256.cpp.
+#define PLL_INT256 (PLL_ISA >= PLL_ISA_AVX2 && PLL_ISA < PLL_ISA_AVX512)
 
 namespace pyllmlite::PLL_NS {
 
@@ -81,9 +85,9 @@ typedef void (*TileKernel)(const TileArgs&);
 #if PLL_ISA >= PLL_ISA_AVX512
 static constexpr int MAX_ROWS = 12, TILE_PANELS = 2, WIDE_ROWS = 3, WIDE_PANELS = 4;
 static constexpr int MAX_INT_ROWS = 6;  // more spill registers
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 static constexpr int MAX_ROWS = 6, TILE_PANELS = 1, WIDE_ROWS = 1, WIDE_PANELS = 4;
-static constexpr int MAX_INT_ROWS = 4;
+static constexpr int MAX_INT_ROWS = PLL_ISA >= PLL_ISA_AVX_VNNI ? 6 : 4;
 #else
 static constexpr int MAX_ROWS = 2, TILE_PANELS = 1, WIDE_ROWS = 0, WIDE_PANELS = 1;
 static constexpr int MAX_INT_ROWS = 2;
@@ -95,6 +99,9 @@ static constexpr int64_t STREAM_AHEAD = 2048;  // bytes
 TileKernel float_kernel(WeightFormat format, int rows, int panels);
 TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels);
 TileKernel codebook_kernel(int rows, int panels);
+#if PLL_INT256
+TileKernel int256_kernel(WeightFormat format, int rows);  // one panel, int8 rows
+#endif
 
 // Table of Kernel<ROWS, PANELS>::run for rows 1..ROWS, for the factories above.
 template <template <int, int> class Kernel, int ROWS>

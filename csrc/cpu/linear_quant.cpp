@@ -9,6 +9,7 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
+#if !PLL_INT256
 template <int ROWS, int PANELS, bool INT4>
 struct IntKernel {
   static void run(const TileArgs& a) {
@@ -67,6 +68,8 @@ struct IntKernel {
   }
 };
 
+#endif
+
 template <int ROWS, int PANELS, bool INT4, bool SIGNED>
 inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
   const RowLayout& row = *a.row;
@@ -116,6 +119,7 @@ inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
   });
 }
 
+#if !PLL_INT256
 template <int ROWS, int PANELS>
 struct Int8IntRows {
   static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, false>::run(a); }
@@ -124,6 +128,7 @@ template <int ROWS, int PANELS>
 struct Int4IntRows {
   static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, true>::run(a); }
 };
+#endif
 template <int ROWS, int PANELS>
 struct Int8FloatRows {
   static void run(const TileArgs& a) { run_float_rows<ROWS, PANELS, false, true>(a); }
@@ -144,8 +149,12 @@ struct Int4FloatRows {
 TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels) {
   const bool int4 = format == WeightFormat::INT4;
   if (type == RowType::INT8) {
+#if PLL_INT256
+    return int256_kernel(format, rows);
+#else
     return int4 ? KernelTable<Int4IntRows, MAX_INT_ROWS>::find(rows, panels)
                 : KernelTable<Int8IntRows, MAX_INT_ROWS>::find(rows, panels);
+#endif
   }
   return int4 ? KernelTable<Int4FloatRows, MAX_ROWS>::find(rows, panels)
               : KernelTable<Int8FloatRows, MAX_ROWS>::find(rows, panels);
