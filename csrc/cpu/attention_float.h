@@ -16,7 +16,7 @@ constexpr int kChains = 4;
 #if PLL_ISA >= PLL_ISA_AVX512
 constexpr int kAccumulators = 16;
 constexpr int vectors_for(int rows) { return rows <= 4 ? 4 : 2; }
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 constexpr int kAccumulators = 4;
 constexpr int vectors_for(int rows) { return rows == 1 ? 4 : (rows == 2 ? 2 : 1); }
 #else

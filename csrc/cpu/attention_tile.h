@@ -28,7 +28,7 @@ constexpr int32_t kSplitTiles = kSplit / kTile;
 // Rows that share loads: a kernel takes at most so many.
 #if PLL_ISA >= PLL_ISA_AVX512
 constexpr int32_t kRows = 8;
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 constexpr int32_t kRows = 4;
 #else
 constexpr int32_t kRows = 2;
@@ -129,7 +129,7 @@ PLL_INLINE vf vexp2_weight(vf x) {
 }
 #else
 // 2^n of a float whose low bits hold n + 127.
-#if PLL_ISA == PLL_ISA_AVX2
+#if PLL_ISA == PLL_ISA_AVX2 || PLL_ISA == PLL_ISA_AVX_VNNI
 PLL_INLINE vf power_of_low_bits(vf a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.lo), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.hi), 23))};

@@ -1,7 +1,7 @@
 // The kernels' factories, once per instruction set.
 //
-// Every csrc/cpu/*.cpp is compiled once per set with PLL_NS (a namespace: scalar, avx2,
-// avx512, avx512_bf16) and PLL_ISA (0..3) defined; runtime/dispatch.cpp picks one set.
+// Every csrc/cpu/*.cpp is compiled once per set with PLL_NS (a namespace: scalar, avx2, avx_vnni,
+// avx512, avx512_bf16) and PLL_ISA (0..4) defined; runtime/dispatch.cpp picks one set.
 // Those files use no std containers or other inline library code: the linker keeps one copy
 // of a shared inline function, and it may be the one built for a newer machine.
 #ifndef PYLLMLITE_CPU_FACTORIES_H
@@ -12,8 +12,9 @@
 
 #define PLL_ISA_SCALAR 0
 #define PLL_ISA_AVX2 1         // AVX2, FMA, F16C
-#define PLL_ISA_AVX512 2       // F, BW, DQ, VL, VNNI
-#define PLL_ISA_AVX512_BF16 3  // and BF16
+#define PLL_ISA_AVX_VNNI 2     // and AVX-VNNI, in the same vectors of 256 bits
+#define PLL_ISA_AVX512 3       // F, BW, DQ, VL, VNNI
+#define PLL_ISA_AVX512_BF16 4  // and BF16
 
 #ifndef PLL_DECLARE_NS
 #define PLL_DECLARE_NS(ns)                           \
@@ -31,6 +32,8 @@
 
 PLL_DECLARE_NS(scalar)
 PLL_DECLARE_NS(avx2)
+PLL_DECLARE_NS(avx_vnni)
+PLL_DECLARE_NS(avx_vnni_evex)  // for tests: avx_vnni on machines with AVX-512 VNNI alone
 PLL_DECLARE_NS(avx512)
 PLL_DECLARE_NS(avx512_bf16)
 

@@ -43,7 +43,7 @@ struct CodebookDecoder {
     return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, nibble_shift(J)), table)};
   }
 };
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 struct CodebookDecoder {
   static constexpr int64_t STEP = 8;
   __m256 low, high;  // values 0 to 7 and 8 to 15

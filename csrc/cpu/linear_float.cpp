@@ -85,7 +85,7 @@ PLL_INLINE void load_pairs(const uint8_t* p, vf* even, vf* odd) {
   even->v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
   odd->v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000u)));
 }
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 PLL_INLINE void load_pairs(const uint8_t* p, vf* even, vf* odd) {
   const __m256i lo = _mm256_loadu_si256((const __m256i*)p);
   const __m256i hi = _mm256_loadu_si256((const __m256i*)p + 1);

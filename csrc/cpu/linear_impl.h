@@ -4,6 +4,7 @@
 // linear_rows.cpp   phase 1: an input row normed, scaled, permuted and converted ("record")
 // linear_float.cpp  tile kernels of F32 and BF16 weights
 // linear_quant.cpp  tile kernels of INT8 and INT4 weights with int8 rows
+// linear_int256.cpp  those for AVX2 and AVX-VNNI
 // linear_float_rows.cpp  tile kernels of INT8, INT4 and CODEBOOK4 weights with float rows
 // linear_bf16_rows.cpp   the same with bf16 rows
 // linear_outliers.cpp  LLM.int8(): inputs that stay floats
@@ -18,6 +19,9 @@
 
 #define PLL_UNROLL _Pragma("GCC unroll 16")
 
+// Whether int8 rows have kernels of their own, in linear_int256.cpp.
+#define PLL_INT256 (PLL_ISA >= PLL_ISA_AVX2 && PLL_ISA < PLL_ISA_AVX512)
+
 namespace pyllmlite::PLL_NS {
 
 enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
@@ -26,8 +30,8 @@ enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 // the machine has no bf16 dot product; INT8: codes), zeros behind them, then
 // per segment a scale (f32, INT8 only), the sum of its codes (i32, INT8 only) and the sum of its
 // values, as rounded (f32).  bf16 that meets codes stands in the order of their pairs: columns
-// 0 2 1 3 of every four (see linear_bf16_rows.cpp).  A segment is the run of columns whose dot product is scaled at once; it divides
-// the weight's group and the activation group.
+// 0 2 1 3 of every four (see linear_bf16_rows.cpp).  A segment is the run of columns whose dot
+// product is scaled at once; it divides the weight's group and the activation group.
 struct RowLayout {
   RowType type;
   int64_t k;
@@ -85,9 +89,9 @@ typedef void (*TileKernel)(const TileArgs&);
 #if PLL_ISA >= PLL_ISA_AVX512
 static constexpr int MAX_ROWS = 12, TILE_PANELS = 2, WIDE_ROWS = 3, WIDE_PANELS = 4;
 static constexpr int MAX_INT_ROWS = 6;  // more spill registers
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 static constexpr int MAX_ROWS = 6, TILE_PANELS = 1, WIDE_ROWS = 1, WIDE_PANELS = 4;
-static constexpr int MAX_INT_ROWS = 4;
+static constexpr int MAX_INT_ROWS = PLL_ISA >= PLL_ISA_AVX_VNNI ? 6 : 4;
 #else
 static constexpr int MAX_ROWS = 2, TILE_PANELS = 1, WIDE_ROWS = 0, WIDE_PANELS = 1;
 static constexpr int MAX_INT_ROWS = 2;
@@ -100,6 +104,9 @@ TileKernel float_kernel(WeightFormat format, int rows, int panels);
 TileKernel int8_rows_kernel(WeightFormat format, int rows, int panels);
 TileKernel float_rows_kernel(WeightFormat format, int rows, int panels);
 TileKernel bf16_rows_kernel(WeightFormat format, int rows, int panels);
+#if PLL_INT256
+TileKernel int256_kernel(WeightFormat format, int rows);  // one panel, int8 rows
+#endif
 
 // Table of Kernel<ROWS, PANELS>::run for rows 1..ROWS, for the factories above.
 template <template <int, int> class Kernel, int ROWS>

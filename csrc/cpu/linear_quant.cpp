@@ -8,6 +8,7 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
+#if !PLL_INT256
 template <int ROWS, int PANELS, bool INT4>
 struct IntKernel {
   static void run(const TileArgs& a) {
@@ -74,11 +75,16 @@ template <int ROWS, int PANELS>
 struct Int4IntRows {
   static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, true>::run(a); }
 };
+#endif
 }  // namespace
 
 TileKernel int8_rows_kernel(WeightFormat format, int rows, int panels) {
+#if PLL_INT256
+  return int256_kernel(format, rows);
+#else
   return format == WeightFormat::INT4 ? KernelTable<Int4IntRows, MAX_INT_ROWS>::find(rows, panels)
                                       : KernelTable<Int8IntRows, MAX_INT_ROWS>::find(rows, panels);
+#endif
 }
 
 }  // namespace pyllmlite::PLL_NS

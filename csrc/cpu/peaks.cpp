@@ -14,7 +14,7 @@ namespace {
 constexpr int UNROLL = 8;
 #if PLL_ISA >= PLL_ISA_AVX512
 constexpr int WORDS = 8;
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 constexpr int WORDS = 4;
 #else
 constexpr int WORDS = 2;
@@ -26,7 +26,7 @@ typedef uint64_t words __attribute__((vector_size(8 * WORDS), aligned(8), may_al
 // Sums of a tile: enough to hide an instruction's latency, few enough for the registers.
 #if PLL_ISA >= PLL_ISA_AVX512
 constexpr int ROWS = 4, COLS = 4;
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 constexpr int ROWS = 2, COLS = 2;
 #else
 constexpr int ROWS = 2, COLS = 1;
@@ -41,6 +41,23 @@ struct F32 {
   static vf lanes(vf sum) { return sum; }
 };
 
+#if PLL_ISA == PLL_ISA_AVX_VNNI
+PLL_INLINE vi u4_dot(vi sum, vi u, vi s) {
+  return {dpbusd(sum.lo, u.lo, s.lo), dpbusd(sum.hi, u.hi, s.hi)};
+}
+#elif PLL_ISA == PLL_ISA_AVX2
+// In 16 bits, as linear_int256.cpp adds up int4 codes.
+PLL_INLINE vi u4_dot(vi sum, vi u, vi s) {
+  return {fixed(_mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(u.lo, s.lo))),
+          fixed(_mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(u.hi, s.hi)))};
+}
+PLL_INLINE vi add_wide(vi wide, vi narrow) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(wide.lo, _mm256_madd_epi16(narrow.lo, one)),
+          _mm256_add_epi32(wide.hi, _mm256_madd_epi16(narrow.hi, one))};
+}
+#endif
+
 struct Int8 {
   using Sum = vi;
   static constexpr uint32_t ones[16] = {
@@ -52,6 +69,11 @@ struct Int8 {
   static vi add(vi sum, vi a, vi b) { return u4_dot(sum, a, b); }
   static vf lanes(vi sum) { return vi_to_vf(sum); }
 };
+
+template <class Product>
+constexpr bool is_int8 = false;
+template <>
+constexpr bool is_int8<Int8> = true;
 
 #if PLL_ISA >= PLL_ISA_AVX512_BF16
 struct Bf16 {
@@ -77,19 +99,40 @@ PLL_INLINE const T* another(const T* p) {
   return p;
 }
 
-// ROWS vectors of ones by COLS others, `rounds` times, added to a tile of sums: their total.
+// ROWS vectors of ones by COLS others, added to a tile of sums.
+template <class Product>
+PLL_INLINE void multiply_once(typename Product::Sum (&sums)[ROWS][COLS]) {
+  decltype(Product::load(Product::ones)) b[COLS];
+  PLL_UNROLLED(int j = 0; j < COLS; ++j) b[j] = Product::load(another(Product::ones));
+  PLL_UNROLLED(int i = 0; i < ROWS; ++i) {
+    const auto a = Product::load(another(Product::ones));
+    PLL_UNROLLED(int j = 0; j < COLS; ++j) sums[i][j] = Product::add(sums[i][j], a, b[j]);
+  }
+}
+
+// That `rounds` times: the sums' total.
 template <class Product>
 double multiply(int64_t rounds) {
   typename Product::Sum sums[ROWS][COLS];
   PLL_UNROLLED(int t = 0; t < ROWS * COLS; ++t) sums[t / COLS][t % COLS] = Product::zero();
-  for (int64_t round = 0; round < rounds; ++round) {
-    decltype(Product::load(Product::ones)) b[COLS];
-    PLL_UNROLLED(int j = 0; j < COLS; ++j) b[j] = Product::load(another(Product::ones));
-    PLL_UNROLLED(int i = 0; i < ROWS; ++i) {
-      const auto a = Product::load(another(Product::ones));
-      PLL_UNROLLED(int j = 0; j < COLS; ++j) sums[i][j] = Product::add(sums[i][j], a, b[j]);
+#if PLL_ISA == PLL_ISA_AVX2
+  if constexpr (is_int8<Product>) {
+    // Eight rounds are as many as 16 bits hold of 4-bit codes by 8-bit ones.
+    for (; rounds > 0; rounds -= 8) {
+      vi narrow[ROWS][COLS];
+      PLL_UNROLLED(int t = 0; t < ROWS * COLS; ++t) narrow[t / COLS][t % COLS] = vi_set1(0);
+      if (rounds >= 8) {
+        PLL_UNROLLED(int i = 0; i < 8; ++i) multiply_once<Product>(narrow);
+      } else {
+        for (int64_t i = 0; i < rounds; ++i) multiply_once<Product>(narrow);
+      }
+      PLL_UNROLLED(int t = 0; t < ROWS * COLS; ++t) {
+        sums[t / COLS][t % COLS] = add_wide(sums[t / COLS][t % COLS], narrow[t / COLS][t % COLS]);
+      }
     }
   }
+#endif
+  for (int64_t round = 0; round < rounds; ++round) multiply_once<Product>(sums);
   vf all = vzero();
   PLL_UNROLLED(int t = 0; t < ROWS * COLS; ++t) {
     all = vadd(all, Product::lanes(sums[t / COLS][t % COLS]));

@@ -150,7 +150,7 @@ PLL_INLINE void vstore_bf16(uint16_t* p, vf a) {
 PLL_INLINE __m256 vlow(vf a) { return _mm512_castps512_ps256(a.v); }
 PLL_INLINE __m256 vhigh(vf a) { return _mm512_extractf32x8_ps(a.v, 1); }
 
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 struct vf {
   __m256 lo, hi;
 };

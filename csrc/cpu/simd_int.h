@@ -1,7 +1,8 @@
 // A vector of 16 int32, `vi`, and the dot products of 8-bit codes that the packed formats need.
 //
 // A weight vector is 64 bytes: lane r holds four consecutive codes of panel row r.  All sums are
-// exact integers, so that every instruction set gives the same bits.
+// exact integers, so that every instruction set gives the same bits.  (The dot products of AVX2 and
+// AVX-VNNI are in linear_int256.cpp.)
 #ifndef PYLLMLITE_CPU_SIMD_INT_H
 #define PYLLMLITE_CPU_SIMD_INT_H
 
@@ -56,7 +57,7 @@ PLL_INLINE void vi_store_i8(int8_t* p, vi a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));
 }
 
-#elif PLL_ISA == PLL_ISA_AVX2
+#elif PLL_ISA >= PLL_ISA_AVX2
 struct vi {
   __m256i lo, hi;
 };
@@ -67,29 +68,23 @@ PLL_INLINE vi vi_load(const void* p) {
 }
 PLL_INLINE vf vi_to_vf(vi a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
-static constexpr int32_t I8_OFFSET = 0;
-PLL_INLINE vi i8_prepare(vi w) { return w; }
-PLL_INLINE __m256i madd_u8(__m256i sum, __m256i u, __m256i s) {
-  const __m256i pairs = _mm256_maddubs_epi16(u, s);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// In a register from here on.  GCC would otherwise add products in a tree, for which registers run
+// out, and load a weight twice.
+PLL_INLINE __m256i fixed(__m256i v) {
+  asm("" : "+x"(v));
+  return v;
 }
-// |w| <= 128 times |x| <= 127: a pair's sum is at most 32512, VPMADDUBSW does not saturate.
-PLL_INLINE vi i8_dot(vi sum, vi w, vi x) {
-  return {madd_u8(sum.lo, _mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
-          madd_u8(sum.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
+
+#if PLL_ISA == PLL_ISA_AVX_VNNI
+// VPDPBUSD: sum + u[0] s[0] + ... + u[3] s[3] of every lane, bytes u unsigned, s signed.
+PLL_INLINE __m256i dpbusd(__m256i sum, __m256i u, __m256i s) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+#else  // avx_vnni_evex: AVX-512's encoding of it
+  return _mm256_dpbusd_epi32(sum, u, s);
+#endif
 }
-PLL_INLINE vi u4_low(vi w) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(w.lo, mask), _mm256_and_si256(w.hi, mask)};
-}
-PLL_INLINE vi u4_high(vi w) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi32(w.lo, 4), mask),
-          _mm256_and_si256(_mm256_srli_epi32(w.hi, 4), mask)};
-}
-PLL_INLINE vi u4_dot(vi sum, vi w, vi x) {
-  return {madd_u8(sum.lo, w.lo, x.lo), madd_u8(sum.hi, w.hi, x.hi)};
-}
+#endif
 
 template <int BYTE>
 PLL_INLINE vf i8_decode(vi w) {

@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(PLL_HAVE_AVX_VNNI)
+#include <cpuid.h>
+#endif
+
 #include "cpu/factories.h"
 #include "pyllmlite/isa.h"
 #include "pyllmlite/peaks.h"
@@ -29,33 +33,41 @@ struct Factories {
         ns::make_attention, ns::make_sample, ns::peak_read, ns::peak_multiply               \
   }
 
+#if defined(PLL_HAVE_X86)
+// __builtin_cpu_supports asks the operating system too whether it keeps the registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+#if defined(PLL_HAVE_AVX_VNNI)
+// CPUID leaf 7, subleaf 1, EAX bit 4: not every compiler that has -mavxvnni knows the name here.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || eax < 1) return false;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
+}
+#endif
+
+// Poorest first: the last that runs here is taken.
 const Factories kFactories[] = {
     PLL_FACTORIES(scalar, [] { return true; }),
 #if defined(PLL_HAVE_X86)
-    PLL_FACTORIES(avx2,
-                  [] {
-                    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c");
-                  }),
-    PLL_FACTORIES(avx512,
-                  [] {
-                    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
-                           __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512dq") &&
-                           __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("avx512vnni");
-                  }),
+    PLL_FACTORIES(avx2, has_avx2),
+#if defined(PLL_HAVE_AVX_VNNI)
+    PLL_FACTORIES(avx_vnni, [] { return has_avx2() && has_avx_vnni(); }),
+#endif
+#if defined(PLL_HAVE_AVX_VNNI_EVEX)
+    PLL_FACTORIES(avx_vnni_evex, has_avx512),
+#endif
+    PLL_FACTORIES(avx512, has_avx512),
     PLL_FACTORIES(avx512_bf16,
-                  [] {
-                    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
-                           __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512dq") &&
-                           __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("avx512vnni") &&
-                           __builtin_cpu_supports("avx512bf16");
-                  }),
+                  [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }),
 #endif
 };
 

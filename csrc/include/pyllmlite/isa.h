@@ -9,7 +9,7 @@
 
 namespace pyllmlite {
 
-// Names, poorest first: scalar, avx2, avx512, avx512_bf16.
+// Names, poorest first: scalar, avx2, avx_vnni, avx512, avx512_bf16.
 PLL_API std::vector<std::string> compiled_isas();   // in this library
 PLL_API std::vector<std::string> available_isas();  // and on this machine
 

@@ -15,7 +15,8 @@ class ThreadPool;
 
 enum class PeakKind : int32_t {
   READ = 0,  // bytes, by plain loads of full vectors, in order
-  INT8 = 1,  // products of 8-bit integers, summed into 32 bits
+  INT8 = 1,  // products of 8-bit integers, summed into 32 bits; AVX2, for which that is twice as
+             // slow: of 4-bit by 8-bit ones
   BF16 = 2,  // products of bf16, summed into f32; f32's where the set has no such instruction
   F32 = 3,   // fused multiply-adds
 };
