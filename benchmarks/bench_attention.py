@@ -66,12 +66,16 @@ class Case:
         layout = _native.KVLayout(
             dtype, seqs * columns, shape.kv_heads, shape.head_dim, block_size
         )
+        # All layers in one array: as large as an engine's, and so in huge pages.
+        arrays = allocate(layers * size[0], *size[1:])
+        for array in arrays.values():
+            fill(rng, array)
         for i in range(layers):
             ids = []
-            for name, array in allocate(*size).items():
-                fill(rng, array)
+            for name, array in arrays.items():
+                part = array[i * size[0] : (i + 1) * size[0]]
                 word = "f32" if name == "scales" else dtype
-                ids.append(self.program.add_tensor(f"{i}.{name}", array, word))
+                ids.append(self.program.add_tensor(f"{i}.{name}", part, word))
             op = _native.attention(shape.heads, layout, scale=shape.head_dim**-0.5)
             self.program.add_op(op, [qkv, out, *ids], "attention")
         self.program.finish()

@@ -256,7 +256,7 @@ class Runner {
     const Work& w = *unit.work;
     const int32_t start = split * kSplit, num_rows = unit.heads * c.rows;
     Range ranges[kRows];
-    Row rows[kChunkRows];
+    Row rows[kChunkRows] = {};
     Range touched{kSplit, 0}, shared{0, kSplit};
     for (int32_t i = 0; i < num_rows; ++i) {
       const int32_t h = i / c.rows, r = i % c.rows;

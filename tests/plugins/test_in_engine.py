@@ -123,7 +123,8 @@ def test_a_request_does_not_feel_its_neighbours(models, alone, model, scheduler,
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    "options", [{}, {"small": True}, {"max_num_batched_tokens": 24, "threads": 2}]
+    "options",
+    [{}, {"small": True}, {"max_num_batched_tokens": 24, "max_num_seqs": 7, "threads": 2}],
 )
 def test_nor_with_int8_keys_and_values(models, alone, alone_int8, model, options):
     prompts, params = requests()
