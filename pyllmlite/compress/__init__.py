@@ -1,0 +1,1 @@
+"""Making a model lighter: calibration, quantizing layer by layer, plans of bits."""
