@@ -21,10 +21,10 @@ class AWQGPTQ(CalibratedQuantizer):
 
     def __init__(self, needs: QuantizerNeeds) -> None:
         super().__init__(needs)
-        self.damping = self.number("damping", 0.01, 0.0, 10.0)
+        self.damping = self.number("damping", 0.1, 0.0, 10.0)
         self.steps = int(self.number("alpha_steps", 20, 0, 1000))
-        self.rounds = int(self.number("rounds", 2, 0, 100))
-        self.float_targets = self.flag("float_targets", True)
+        self.rounds = int(self.number("rounds", 1, 0, 100))
+        self.float_targets = self.flag("float_targets", False)
 
     def calibrated(
         self,

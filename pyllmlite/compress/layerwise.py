@@ -209,14 +209,14 @@ class _Walk:
             run = self._run_of(index, layer, self.hidden, self.float_hidden is not None)
         if self.float_hidden is not None:
             float_run = self._run_of(index, self.model.layer(index), self.float_hidden, True)
-        folded = False
+        scaled = False
         for number, stage in enumerate(self.model.layout.stages):
-            folded |= self._stage(number, stage, layer, run, float_run, result)
+            scaled |= self._stage(number, stage, layer, run, float_run, result)
         if run is None or index + 1 == len(self.model.layers):
             return result
-        if folded:
-            # A matrix took over scales of the next one's inputs, rounded to f16: the layer runs
-            # once more as it will be, and as a run that finds it done sees it.
+        if scaled or result.changed:
+            # Ops took over scales of the inputs behind them, and rounded them: the layer runs once
+            # more as it will be, and as a run that finds it done sees it.
             install(self.model, layer, result)
             run = self._run_of(index, layer, run.hidden, False)
         self.hidden = list(run.outputs())
@@ -256,7 +256,7 @@ class _Walk:
             )
         result.loss[name] = relative_error(weight, made.float32(), statistics)
         effective = made.float32() if run is not None else None
-        made, folded = self.folder.fold(result, layer, stage, made)
+        made, scaled = self.folder.fold(result, layer, stage, made)
         first = 0
         for module, part in zip(stage.modules, rows, strict=True):
             last = first + len(part)
@@ -265,7 +265,7 @@ class _Walk:
             if effective is not None:
                 set_weight(layer, module, effective[first:last])
             first = last
-        return folded
+        return scaled
 
     def _float_target(
         self,
