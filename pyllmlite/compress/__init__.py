@@ -1,1 +1,1 @@
-"""Making a model lighter: calibration, quantizing layer by layer, plans of bits."""
+"""Makes a model light: quantizing layer by layer, writing checkpoints, measuring the loss."""

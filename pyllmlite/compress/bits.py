@@ -163,7 +163,7 @@ def measure_sensitivity(
     shapes: dict[str, LinearShape] = {}
     sensitivity: dict[str, float] = {}
     with torch.no_grad():
-        reference, hidden, as_tuple = _trace(model, full, ids)
+        reference, hidden = _trace(model, full, ids)
         for index, layer in enumerate(model.layers):
             for stage in stages:
                 name = f"layers.{index}.{stage.kind}"
@@ -173,7 +173,7 @@ def measure_sensitivity(
                 shapes[name] = LinearShape(name, stage.kind, rows, kept[0].shape[1], gated)
                 for module, weight in zip(stage.modules, kept, strict=True):
                     set_weight(layer, module, rounded(weight))
-                other = _from_layer(model, full, ids, index, hidden[index], as_tuple)
+                other = _from_layer(model, full, ids, index, hidden[index])
                 sensitivity[name] = _divergence(reference, other)
                 for module, weight in zip(stage.modules, kept, strict=True):
                     set_weight(layer, module, weight)
@@ -202,25 +202,20 @@ def rounded(weight: np.ndarray) -> np.ndarray:
 
 def _trace(
     model: LayeredModel, full: Any, ids: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor], bool]:
-    """Log-probabilities, the hidden states before every layer, and whether layers return tuples."""
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probabilities, and the hidden states before every layer."""
     hidden: list[torch.Tensor] = []
-    outputs: list[Any] = []
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs["hidden_states"])
 
-    def behind(_: Any, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(isinstance(output, tuple))
-
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in model.layers]
-    handles.append(model.layers[0].register_forward_hook(behind))
     try:
         logits = full(input_ids=ids, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
-    return logits.log_softmax(dim=-1), hidden, outputs[0]
+    return logits.log_softmax(dim=-1), hidden
 
 
 def _from_layer(
@@ -229,12 +224,11 @@ def _from_layer(
     ids: torch.Tensor,
     index: int,
     hidden: torch.Tensor,
-    as_tuple: bool,
 ) -> torch.Tensor:
     """Log-probabilities when layer ``index`` begins with ``hidden``; those before do not run."""
 
     def give(*args: Any, **kwargs: Any) -> Any:
-        return (hidden, None) if as_tuple else hidden
+        return (hidden, None) if model.returns_tuple else hidden
 
     for layer in model.layers[:index]:
         layer.forward = give

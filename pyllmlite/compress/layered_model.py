@@ -11,10 +11,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyllmlite.compress.hf_config import gguf_to_hf_config
 from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.model.architectures import Take, find_architecture
 from pyllmlite.model.gguf import GGUFCheckpoint
@@ -247,44 +249,48 @@ class LayeredModel:
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[batch, length, hidden]`` before the first layer of token ids
         ``[batch, length]``."""
-        return self._record(tokens, first=True)[0][1][0]
+        return self._record(tokens, first=True)[0][0][0]
 
-    def layer_arguments(self, batch: int, length: int, as_tuple: bool) -> list[LayerCall]:
+    def layer_arguments(self, batch: int, length: int) -> list[LayerCall]:
         """What the model hands to each layer besides the hidden states, for ``batch`` sequences of
-        ``length`` tokens without padding: masks, positions, rotary tables.
-
-        Args:
-            as_tuple: The layers return a tuple.
-        """
+        ``length`` tokens without padding: masks, positions, rotary tables."""
         import torch
 
         tokens = torch.zeros((batch, length), dtype=torch.long)
         return [
             LayerCall(args[1:], kwargs)
-            for _, args, kwargs in self._record(tokens, first=False, as_tuple=as_tuple)
+            for args, kwargs in self._record(tokens, first=False, as_tuple=self.returns_tuple)
         ]
 
+    @cached_property
+    def returns_tuple(self) -> bool:
+        """Layers return a tuple that begins with the hidden states, not these alone: BLOOM's, and
+        all of older versions of transformers."""
+        import torch
+
+        ((hidden, *args), kwargs), *_ = self._record(torch.zeros((1, 2), dtype=torch.long), True)
+        with torch.no_grad():
+            return isinstance(self.layer(0)(hidden, *args, **kwargs), tuple)
+
     def _record(self, tokens: torch.Tensor, first: bool, as_tuple: bool = False) -> list[Any]:
-        """Run the model with layers that write down what they are given and hand it on."""
+        """Run the model with layers that write down what they are given, (args, kwargs), and hand
+        it on; ``first``: the first one only."""
         seen: list[Any] = []
 
-        def recorder(index: int) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if not args:
-                    args = (kwargs.pop("hidden_states"),)
-                seen.append((index, args, kwargs))
-                if first:
-                    raise _Enough
-                return (args[0], None) if as_tuple else args[0]
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if not args:
+                args = (kwargs.pop("hidden_states"),)
+            seen.append((args, kwargs))
+            if first:
+                raise _Enough
+            return (args[0], None) if as_tuple else args[0]
 
-            return forward
+        import torch
 
         body = self.model.get_submodule(self.layers_name.rpartition(".")[0])
-        for index, layer in enumerate(self.layers):
-            layer.forward = recorder(index)
+        for layer in self.layers:
+            layer.forward = record
         try:
-            import torch
-
             with torch.no_grad():
                 body(input_ids=tokens, use_cache=False)
         except _Enough:
@@ -312,23 +318,20 @@ class _Enough(Exception):
 def _from_config(source: ModelSource) -> Any:
     import transformers
 
-    kept = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    if isinstance(source.checkpoint, GGUFCheckpoint):
+        kept = gguf_to_hf_config(source)
+    else:
+        kept = {k: v for k, v in source.config.items() if k != "quantization_config"}
     kept["tie_word_embeddings"] = source.spec.tie_embeddings
     model_type = str(kept.pop("model_type"))
     try:
         config = transformers.AutoConfig.for_model(model_type, **kept)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of many kinds: transformers checks configs in many ways
         text = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{source.path}: transformers cannot make a {model_type} of this config ({text})"
         ) from error
-    if not isinstance(source.checkpoint, GGUFCheckpoint):
-        return model
-    # A GGUF's metadata say less than a config; what they leave out must not come from defaults.
-    if getattr(config, "head_dim", None) not in (None, source.spec.head_dim):
-        raise ModelError(f"{source.path}: head size {source.spec.head_dim} is not transformers'")
-    return model
 
 
 def _find_layout(layer: Any, architecture: str) -> LayerLayout:

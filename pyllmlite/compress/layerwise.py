@@ -16,6 +16,7 @@ import numpy as np
 
 from pyllmlite.compress.folding import Folder
 from pyllmlite.compress.gram import CrossGram, Gram
+from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layer_run import LayerRun
 from pyllmlite.compress.layered_model import LayeredModel, Stage
 from pyllmlite.core.errors import ConfigError, PluginError
@@ -49,25 +50,6 @@ class MethodSettings:
     symmetric: bool | None = None
     plan: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class LayerResult:
-    """One decoder layer, quantized.
-
-    Attributes:
-        index: The layer.
-        linears: Module name as transformers has it (``model.layers.3.self_attn.q_proj``) to codes.
-        changed: Full tensor name to its new float32 values: norm weights (and biases) that took
-            over input scales, biases of matrices whose rows did.
-        loss: Fused matrix (``layers.3.qkv``) to the error of its outputs on the calibration text,
-            relative to their mean square; without calibration to that of its weights.
-    """
-
-    index: int
-    linears: dict[str, LinearWeight]
-    changed: dict[str, np.ndarray] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
 
 
 Done = Callable[[int], LayerResult | None]
@@ -175,13 +157,8 @@ class _Walk:
         self.sizes = [min(batch, sequences - i) for i in range(0, sequences, batch)]
         ids = torch.from_numpy(tokens.astype(np.int64))
         self.hidden = [self.model.enter(part) for part in torch.split(ids, batch)]
-        with torch.no_grad():
-            probe = self.model.layer(0)
-            call = self.model.layer_arguments(1, length, as_tuple=False)
-            as_tuple = isinstance(call[0](probe, self.hidden[0][:1]), tuple)
         self.calls = {
-            size: self.model.layer_arguments(size, length, as_tuple)
-            for size in dict.fromkeys(self.sizes)
+            size: self.model.layer_arguments(size, length) for size in dict.fromkeys(self.sizes)
         }
 
     def _run_of(self, index: int, layer: Any, hidden: list[torch.Tensor], middle: bool) -> LayerRun:
