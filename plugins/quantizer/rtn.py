@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pyllmlite.core.errors import ModelError
+from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.core.weights import LinearShape, LinearWeight
 from pyllmlite.hooks.quantizer import Quantizer, QuantizerNeeds
 from pyllmlite_plugins.quantizer.checks import require_finite
@@ -15,6 +15,8 @@ from pyllmlite_plugins.quantizer.checks import require_finite
 GROUP_MULTIPLE = 8  # the packed formats begin a group on a multiple of 8 columns
 DEFAULT_GROUP = 64
 F16_MAX = 65504.0
+SCALE_RULES = ("extreme", "signed", "mse")
+SHRINK_STEPS = 20
 
 
 class RoundToNearest(Quantizer):
@@ -24,9 +26,16 @@ class RoundToNearest(Quantizer):
     columns (64 unless asked otherwise) share a scale and, unless ``symmetric``, a minimum;
     embedding and head, which feel errors most, are kept in 8.  Scales are rounded to f16, up,
     before the codes are computed, so that no code is cut off and a weight is off by at most
-    half a scale (and the f16 step of the minimum).  ``extra["integer_zeros"]``: not a minimum,
-    but an integer code that stands for 0, as the layouts of other tools have it.
-    ``extra["int8_activations"]`` (on): activations are quantized to int8 inside the op.
+    half a scale (and the f16 step of the minimum).
+
+    Options (``extra``):
+
+    - ``int8_activations`` (true): activations are quantized to int8 inside the op.
+    - ``scale_rule`` (``extreme``), for 4 bits.  ``signed``: symmetric, the extreme value with its
+      sign goes to -8 (llama.cpp's Q4_0).  ``mse``: the range is shrunk, and the zero point moved,
+      where that makes the squared error least.
+    - ``integer_zeros`` (false): zero points are codes, 0..15, as other tools store them: 4 bits a
+      group in the place of a 16-bit minimum.  ``mse`` has them always.
     """
 
     name = "rtn"
@@ -51,13 +60,21 @@ class RoundToNearest(Quantizer):
         self.group_size = default if needs.group_size is None else needs.group_size
         self.symmetric = bool(needs.symmetric)
         self.int8_activations = bool(needs.extra.get("int8_activations", True))
-        self.integer_zeros = bool(needs.extra.get("integer_zeros", False))
+        self.scale_rule = needs.extra.get("scale_rule", "extreme")
+        if self.scale_rule not in SCALE_RULES:
+            raise ConfigError(
+                f"scale_rule must be one of {', '.join(SCALE_RULES)}, got {self.scale_rule!r}"
+            )
+        if self.scale_rule == "signed" and not self.symmetric:
+            raise ConfigError("scale_rule 'signed' is symmetric: ask for symmetric=True")
+        self.integer_zeros = bool(needs.extra.get("integer_zeros", self.scale_rule == "mse"))
 
     def bits_per_weight(self, shape: LinearShape) -> float:
         eight = self.bits == 8 or shape.kind in ("embed", "head")
         group = self.group_size if self.bits == 8 or not eight else 0
-        halves = 1 if eight or self.symmetric else 2  # scale, and minimum
-        return (8 if eight else 4) + 16.0 * halves / (group or shape.in_features)
+        scale, least = 16.0, 4.0 if self.integer_zeros else 16.0
+        own = scale if eight or self.symmetric else scale + least
+        return (8 if eight else 4) + own / (group or shape.in_features)
 
     def quantize(
         self, shape: LinearShape, weight: np.ndarray, calibration: Any = None
@@ -79,22 +96,56 @@ class RoundToNearest(Quantizer):
     def _int4(self, shape: LinearShape, weight: np.ndarray) -> LinearWeight:
         groups = _grouped(weight, self.group_size)
         high, low = groups.max(axis=2), groups.min(axis=2)
+        if self.scale_rule == "mse" or (self.integer_zeros and not self.symmetric):
+            return self._searched(shape, weight, groups, high, low)
+        if self.scale_rule == "signed":
+            scales = _f16(shape, np.where(high > -low, high, low) / -8)
+            codes = _codes(groups, scales, scales.astype(np.float32) * -8, 0, 15)
+            return self._made("int4", weight, codes.astype(np.uint8), scales, None, self.group_size)
         if self.symmetric:  # codes 0..15 stand for -8..7 scales
             scales = _f16_up(shape, np.maximum(np.maximum(high / 7, low / -8), 0))
             codes = _codes(groups, scales, scales.astype(np.float32) * -8, 0, 15)
             return self._made("int4", weight, codes.astype(np.uint8), scales, None, self.group_size)
-        if self.integer_zeros:  # the range reaches to 0, so that its code lies within
-            high, low = np.maximum(high, 0), np.minimum(low, 0)
-            scales = _f16_up(shape, (high - low) / 15)
-            wide = np.where(scales == 0, 1, scales).astype(np.float32)
-            zeros = np.clip(np.rint(-low / wide), 0, 15)
-            codes = _codes(groups, scales, -zeros * wide, 0, 15).astype(np.uint8)
-            made = self._made("int4", weight, codes, scales, None, self.group_size)
-            return replace(made, zero_points=zeros.astype(np.int16))
         mins = _f16_down(shape, low)
         scales = _f16_up(shape, (high - mins.astype(np.float32)) / 15)
         codes = _codes(groups, scales, mins.astype(np.float32), 0, 15)
         return self._made("int4", weight, codes.astype(np.uint8), scales, mins, self.group_size)
+
+    def _searched(
+        self,
+        shape: LinearShape,
+        weight: np.ndarray,
+        groups: np.ndarray,
+        high: np.ndarray,
+        low: np.ndarray,
+    ) -> LinearWeight:
+        """Integer zero points, and with ``mse`` the shrunk range that costs least."""
+        high, low = np.maximum(high, 0), np.minimum(low, 0)
+        steps = SHRINK_STEPS if self.scale_rule == "mse" else 1
+        best: list[np.ndarray] = []
+        for step in range(steps):
+            shrink = np.float32(1 - 0.5 * step / steps)
+            if self.symmetric:
+                scales = _f16(shape, np.maximum(high, -low) * shrink / 7)
+                zeros = np.full_like(scales, 8)
+            else:
+                scales = _f16(shape, (high - low) * shrink / 15)
+                wide = np.where(scales == 0, 1, scales).astype(np.float32)
+                zeros = np.clip(np.rint(-low * shrink / wide), 0, 15).astype(np.float16)
+            width = scales.astype(np.float32)
+            mins = -width * zeros.astype(np.float32)
+            codes = _codes(groups, scales, mins, 0, 15)
+            error = codes * width[:, :, None] + mins[:, :, None] - groups
+            cost = np.einsum("rgk,rgk->rg", error, error)
+            if not best:
+                best = [cost, scales, zeros, codes]
+                continue
+            better = cost < best[0]
+            for kept, new in zip(best, (cost, scales, zeros, codes), strict=True):
+                kept[better] = new[better]
+        _, scales, zeros, codes = best
+        made = self._made("int4", weight, codes.astype(np.uint8), scales, None, self.group_size)
+        return made if self.symmetric else replace(made, zero_points=zeros.astype(np.int16))
 
     def _made(
         self,

@@ -28,6 +28,25 @@ class QuantizerNeeds:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class InputStatistics:
+    """What the inputs ``x`` of a fused matrix look like over the calibration tokens.
+
+    Attributes:
+        tokens: How many were seen.
+        gram: float64 ``[in, in]``, the mean of ``x x^T``: the error of an output is
+            ``tr(E gram E^T)`` a token for an error ``E`` of the weight.
+        mean_magnitude: float32 ``[in]``, the mean of ``|x|``.
+        shared: int ``[in]``: inputs of one number must get one ``input_scale``, so that the op
+            before can take it over (query heads that share values); None: each its own.
+    """
+
+    tokens: int
+    gram: np.ndarray
+    mean_magnitude: np.ndarray
+    shared: np.ndarray | None = None
+
+
 class Quantizer(Strategy):
     """Turns float matrices into :class:`LinearWeight`.  Methods are many, formats are few.
 
@@ -35,10 +54,13 @@ class Quantizer(Strategy):
         needs_calibration: :meth:`quantize` needs statistics of the matrix's inputs.
         rowwise: Each output row is quantized by itself, without input scale or permutation:
             the loader may then hand over some rows at a time and never holds a big matrix twice.
+        float_targets: With calibration: the weight handed to :meth:`quantize` is the one that, on
+            the quantized model's inputs, comes nearest to what the float model computes.
     """
 
     contract = "quantizer"
     needs_calibration: bool = False
+    float_targets: bool = False
     rowwise: bool = False
 
     def __init__(self, needs: QuantizerNeeds) -> None:
@@ -56,14 +78,17 @@ class Quantizer(Strategy):
 
     @abstractmethod
     def quantize(
-        self, shape: LinearShape, weight: np.ndarray, calibration: Any = None
+        self,
+        shape: LinearShape,
+        weight: np.ndarray,
+        calibration: InputStatistics | None = None,
     ) -> LinearWeight:
         """One fused matrix.
 
         Args:
             weight: float32 ``[out_features, in_features]`` (with ``rowwise`` any number of
                 its rows), not kept and not written.
-            calibration: With ``needs_calibration``: the matrix's calibration statistics.
+            calibration: With ``needs_calibration``: statistics of the matrix's inputs.
         Raises:
             ModelError: NaN or infinite weights, named.
         """
