@@ -13,7 +13,7 @@ in memory as often as it takes to be read from there and not from a cache, as in
 
 ``x int8``: rows are quantized to int8 inside the op; ``x bf16``: they are rounded to bf16;
 ``x float``: they stay floats.  ``--check`` prints every case in which int4 with int8 or bf16 rows
-is slower than bf16 weights, and ends with status 1 if any.
+is slower than bf16 weights (by more than ``--tolerance``), and ends with status 1 if any.
 """
 
 from __future__ import annotations
@@ -228,16 +228,16 @@ def measure_shape(
     return results
 
 
-def slower_than_bf16(results: list[Result]) -> list[str]:
+def slower_than_bf16(results: list[Result], tolerance: float) -> list[str]:
     """Every int4 case with int8 or bf16 rows that takes longer than bf16 weights at the same shape
-    and rows."""
+    and rows, and more than ``tolerance`` times it besides."""
     bf16 = {(one.shape, one.rows): one.seconds for one in results if one.format == "bf16"}
     lines = []
     for one in results:
         if not one.format.startswith("int4") or one.format.endswith("x float"):
             continue
         limit = bf16.get((one.shape, one.rows))
-        if limit is not None and one.seconds > limit:
+        if limit is not None and one.seconds > limit * (1 + tolerance):
             lines.append(
                 f"{one.shape} {one.n}x{one.k}, {one.rows} rows: {one.format} takes "
                 f"{one.seconds * 1e6:.1f} us, bf16 {limit * 1e6:.1f} us "
@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="per measurement")
     parser.add_argument("--cached", action="store_true", help="weights may stay in a cache")
     parser.add_argument("--check", action="store_true", help="is int4 slower than bf16 anywhere?")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="of --check: 0.05 is 5 %%")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.isa:
@@ -307,7 +308,7 @@ def main() -> None:
         for name, shape in args.shapes.items():
             if args.layers in name:
                 results += measure_shape(args, name, shape, formats, machine, pool, progress)
-    slower = slower_than_bf16(results)
+    slower = slower_than_bf16(results, args.tolerance)
     if args.json:
         result = {"machine": asdict(machine), "results": [asdict(one) for one in results]}
         print(json.dumps(result | {"slower_than_bf16": slower}, indent=1))

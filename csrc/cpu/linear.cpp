@@ -427,6 +427,7 @@ void set_layout(LinearState* s) {
     int64_t activation = k;
     if (spec.bf16_activations) {
       row.type = RowType::BF16;
+      if (w.format != WeightFormat::INT8) s->max_rows = MAX_NIBBLE_ROWS;
       // Rounded here, so that every instruction set multiplies the same values.
       for (float& value : s->spec.weight.codebook) value = bf16_to_f32(f32_to_bf16(value));
     }

@@ -96,6 +96,11 @@ static constexpr int MAX_INT_ROWS = PLL_ISA >= PLL_ISA_AVX_VNNI ? 6 : 4;
 static constexpr int MAX_ROWS = 2, TILE_PANELS = 1, WIDE_ROWS = 0, WIDE_PANELS = 1;
 static constexpr int MAX_INT_ROWS = 2;
 #endif
+#if PLL_ISA >= PLL_ISA_AVX512_BF16
+static constexpr int MAX_NIBBLE_ROWS = 6;  // 4-bit codes with bf16 rows: outputs beside the sums
+#else
+static constexpr int MAX_NIBBLE_ROWS = MAX_ROWS;
+#endif
 static constexpr int STREAM_ROWS = 4;         // of a quantized format, read panel by panel
 static constexpr int64_t STREAM_AHEAD = 2048;  // bytes
 
