@@ -16,9 +16,6 @@
 
 #include "simd.h"
 
-// Whether int8 rows have kernels of their own, in linear_int256.cpp.
-#define PLL_INT256 (PLL_ISA >= PLL_ISA_AVX2 && PLL_ISA < PLL_ISA_AVX512)
-
 namespace pyllmlite::PLL_NS {
 
 enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
@@ -99,7 +96,7 @@ static constexpr int64_t STREAM_AHEAD = 2048;  // bytes
 TileKernel float_kernel(WeightFormat format, int rows, int panels);
 TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels);
 TileKernel codebook_kernel(int rows, int panels);
-#if PLL_INT256
+#if PLL_ISA_IS_256
 TileKernel int256_kernel(WeightFormat format, int rows);  // one panel, int8 rows
 #endif
 

@@ -9,7 +9,7 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
-#if !PLL_INT256
+#if !PLL_ISA_IS_256
 template <int ROWS, int PANELS, bool INT4>
 struct IntKernel {
   static void run(const TileArgs& a) {
@@ -119,7 +119,7 @@ inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
   });
 }
 
-#if !PLL_INT256
+#if !PLL_ISA_IS_256
 template <int ROWS, int PANELS>
 struct Int8IntRows {
   static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, false>::run(a); }
@@ -149,7 +149,7 @@ struct Int4FloatRows {
 TileKernel quant_kernel(WeightFormat format, RowType type, int rows, int panels) {
   const bool int4 = format == WeightFormat::INT4;
   if (type == RowType::INT8) {
-#if PLL_INT256
+#if PLL_ISA_IS_256
     return int256_kernel(format, rows);
 #else
     return int4 ? KernelTable<Int4IntRows, MAX_INT_ROWS>::find(rows, panels)
