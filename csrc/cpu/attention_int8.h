@@ -212,7 +212,7 @@ PLL_INLINE int32_t pack_codes(const float* q, int32_t head_dim, vf factor, float
   return 0;
 }
 
-#if PLL_ISA == PLL_ISA_AVX2 || PLL_ISA == PLL_ISA_AVX_VNNI
+#if PLL_ISA_IS_256
 
 PLL_INLINE void store_weight_codes(uint8_t* tile, vf p) {
   const __m256i codes = _mm256_packs_epi32(_mm256_cvtps_epi32(p.lo), _mm256_cvtps_epi32(p.hi));

@@ -129,7 +129,7 @@ PLL_INLINE vf vexp2_weight(vf x) {
 }
 #else
 // 2^n of a float whose low bits hold n + 127.
-#if PLL_ISA == PLL_ISA_AVX2 || PLL_ISA == PLL_ISA_AVX_VNNI
+#if PLL_ISA_IS_256
 PLL_INLINE vf power_of_low_bits(vf a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.lo), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.hi), 23))};

@@ -16,6 +16,9 @@
 #define PLL_ISA_AVX512 3       // F, BW, DQ, VL, VNNI
 #define PLL_ISA_AVX512_BF16 4  // and BF16
 
+// Sets whose vectors are of 256 bits.
+#define PLL_ISA_IS_256 (PLL_ISA >= PLL_ISA_AVX2 && PLL_ISA < PLL_ISA_AVX512)
+
 #ifndef PLL_DECLARE_NS
 #define PLL_DECLARE_NS(ns)                           \
   namespace pyllmlite::ns {                          \

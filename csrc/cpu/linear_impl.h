@@ -19,9 +19,6 @@
 
 #define PLL_UNROLL _Pragma("GCC unroll 16")
 
-// Whether int8 rows have kernels of their own, in linear_int256.cpp.
-#define PLL_INT256 (PLL_ISA >= PLL_ISA_AVX2 && PLL_ISA < PLL_ISA_AVX512)
-
 namespace pyllmlite::PLL_NS {
 
 enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
@@ -109,7 +106,7 @@ TileKernel float_kernel(WeightFormat format, int rows, int panels);
 TileKernel int8_rows_kernel(WeightFormat format, int rows, int panels);
 TileKernel float_rows_kernel(WeightFormat format, int rows, int panels);
 TileKernel bf16_rows_kernel(WeightFormat format, int rows, int panels);
-#if PLL_INT256
+#if PLL_ISA_IS_256
 TileKernel int256_kernel(WeightFormat format, int rows);  // one panel, int8 rows
 #endif
 

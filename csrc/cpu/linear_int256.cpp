@@ -6,7 +6,7 @@
 
 #include "linear_segments.h"
 
-#if PLL_INT256
+#if PLL_ISA_IS_256
 
 namespace pyllmlite::PLL_NS {
 namespace {

@@ -8,7 +8,7 @@
 namespace pyllmlite::PLL_NS {
 namespace {
 
-#if !PLL_INT256
+#if !PLL_ISA_IS_256
 template <int ROWS, int PANELS, bool INT4>
 struct IntKernel {
   static void run(const TileArgs& a) {
@@ -79,7 +79,7 @@ struct Int4IntRows {
 }  // namespace
 
 TileKernel int8_rows_kernel(WeightFormat format, int rows, int panels) {
-#if PLL_INT256
+#if PLL_ISA_IS_256
   return int256_kernel(format, rows);
 #else
   return format == WeightFormat::INT4 ? KernelTable<Int4IntRows, MAX_INT_ROWS>::find(rows, panels)

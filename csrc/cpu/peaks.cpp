@@ -43,7 +43,7 @@ struct F32 {
 
 #if PLL_ISA == PLL_ISA_AVX_VNNI
 PLL_INLINE vi u4_dot(vi sum, vi u, vi s) {
-  return {dpbusd(sum.lo, u.lo, s.lo), dpbusd(sum.hi, u.hi, s.hi)};
+  return {fixed(dpbusd(sum.lo, u.lo, s.lo)), fixed(dpbusd(sum.hi, u.hi, s.hi))};
 }
 #elif PLL_ISA == PLL_ISA_AVX2
 // In 16 bits, as linear_int256.cpp adds up int4 codes.
