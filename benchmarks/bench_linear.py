@@ -12,8 +12,8 @@ in memory as often as it takes to be read from there and not from a cache, as in
 ``--cached``: once.
 
 ``x int8``: rows are quantized to int8 inside the op; ``x bf16``: they are rounded to bf16;
-``x float``: they stay floats.  ``--check`` prints every case in which int4 with int8 or bf16 rows is
-slower than bf16 weights (by more than ``--tolerance``), and ends with status 1 if any.
+``x float``: they stay floats.  ``--check`` prints every case in which int4 with int8 or bf16 rows
+is slower than bf16 weights (by more than ``--tolerance``), and ends with status 1 if any.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ MOST_COPIES = 512
 
 @dataclass(frozen=True)
 class Format:
-    """A weight format with or without minima, and what rows become: ``int8``, ``bf16``, ``float``."""
+    """A weight format with or without minima, and what rows become: int8, bf16 or float."""
 
     name: str
     weight: str
