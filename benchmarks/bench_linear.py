@@ -62,7 +62,7 @@ MOST_COPIES = 512
 
 @dataclass(frozen=True)
 class Format:
-    """A weight format with or without minima; rows become ``int8``, ``bf16`` or ``float``."""
+    """A weight format with or without minima, and what rows become: int8, bf16 or float."""
 
     name: str
     weight: str

@@ -36,7 +36,8 @@ class NormalFloat4(Quantizer):
     ``group_size`` columns (64) share a scale, their largest magnitude; each weight takes the
     nearest of sixteen values.  Scales are kept in f16.  ``extra["double_quant"]``: scales are
     rounded to 8 bits first, in blocks of 256 over the whole matrix, as QLoRA stores them: the
-    values are then those of such a file.  Inputs stay floats.  Embedding and head, which feel
+    values are then those of such a file.  Inputs stay floats: with dtype bf16 they, and the sixteen
+    values, are rounded to bf16, as the inputs of bf16 weights are.  Embedding and head, which feel
     errors most, are kept in int8.
     """
 

@@ -21,7 +21,8 @@ class Unquantized(Quantizer):
     With dtype f32 only those it holds exactly are kept, and their inputs stay floats, so that the
     logits are those of the dequantized weights; with bf16 the inputs are quantized to int8 per row
     and group, which is what is fast.  ``extra["int8_activations"]`` says either, whatever the
-    dtype.  A checkpoint whose own scheme quantizes activations (W8A8, LLM.int8()) runs as it says.
+    dtype; without int8 the inputs are rounded to bf16 under dtype bf16.  A checkpoint whose own
+    scheme quantizes activations (W8A8, LLM.int8()) runs as it says.
     """
 
     name = "none"

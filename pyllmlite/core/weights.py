@@ -29,7 +29,9 @@ class LinearWeight:
         scales, mins: float16 or float32 ``[out, groups]``; ``w = scale * code + min``.  ``mins``
             None: symmetric (min 0 for int8, ``-8 * scale`` for int4).
         group_size: Columns per group; 0: the whole row.
-        int8_activations: Rows of the input are quantized to int8 inside the op.
+        int8_activations: Rows of the input are quantized to int8 inside the op.  Without it they
+            stay float32 under dtype f32; under bf16 they, and a codebook, are rounded to bf16,
+            unless ``extra["bf16_activations"]`` is false.
         input_scale: float32 ``[in]``, multiplies the input first (AWQ).
         input_permutation: int32 ``[in]``: column j of ``values`` takes input
             ``input_permutation[j]`` (GPTQ's act_order).
