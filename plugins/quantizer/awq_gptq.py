@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class AWQGPTQ(CalibratedQuantizer):
+    """DOC"""
+
     name = "awq-gptq"
     float_targets = True
 

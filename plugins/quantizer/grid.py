@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 F16_MAX = 65504.0
 F16_LEAST = 2.0**-24  # the smallest float16 above zero
+F16_NORMAL = 2.0**-14  # below it float16 is evenly spaced
 ROWS = 512  # rows that are searched at once: what is needed of them stays near the cache
 
 
@@ -127,12 +128,13 @@ def _from_range(
 
 
 def half(scale: torch.Tensor) -> torch.Tensor:
-    """The nearest float16, as float32; above zero what is above zero."""
+    """The nearest float16, as float32.  Below 2^-14, where its steps are coarse, the next one up:
+    a range that is cut off costs more than one that is too wide."""
     import torch
 
     rounded = scale.half().float()
-    lost = (rounded == 0) & (scale > 0)
-    return torch.where(lost, torch.full_like(rounded, F16_LEAST), rounded)
+    coarse = (rounded < scale) & (scale < F16_NORMAL)
+    return torch.where(coarse, rounded + F16_LEAST, rounded)
 
 
 def searched_grid(
@@ -161,7 +163,7 @@ def searched_grid(
     for part in torch.split(weight, ROWS):
         groups = grouped(part, group_size)
         low, high = groups.amin(dim=2).clamp_(max=0), groups.amax(dim=2).clamp_(min=0)
-        best = _Best(groups, top, blocks)
+        best = _Best(groups, top, blocks, weight.shape[1])
         for step in range(steps):
             shrink = 1 - step * (1 - least) / steps
             best.offer(*_from_range(low * shrink, high * shrink, top, symmetric))
@@ -179,8 +181,11 @@ def searched_grid(
 class _Best:
     """The cheapest grid so far, for every row and group."""
 
-    def __init__(self, groups: torch.Tensor, top: int, blocks: torch.Tensor | None) -> None:
+    def __init__(
+        self, groups: torch.Tensor, top: int, blocks: torch.Tensor | None, columns: int
+    ) -> None:
         self.groups, self.top, self.blocks = groups, top, blocks
+        self.last = columns - (groups.shape[1] - 1) * groups.shape[2]  # columns of the last group
         self.cost: torch.Tensor | None = None
         self.scale = self.zero = groups[:, :, 0]
 
@@ -191,6 +196,7 @@ class _Best:
         codes = nearest(self.groups, wide, point, self.top)
         error = codes.sub_(point).mul_(wide).sub_(self.groups)
         if self.blocks is None:
+            error[:, -1, self.last :] = 0
             cost = error.square().sum(dim=2)
         else:
             spread = torch.bmm(error.transpose(0, 1), self.blocks)  # [groups, rows, size]

@@ -136,6 +136,7 @@ class RoundToNearest(Quantizer):
             mins = -width * zeros.astype(np.float32)
             codes = _codes(groups, scales, mins, 0, 15)
             error = codes * width[:, :, None] + mins[:, :, None] - groups
+            error[:, -1, weight.shape[1] - (groups.shape[1] - 1) * groups.shape[2] :] = 0
             cost = np.einsum("rgk,rgk->rg", error, error)
             if not best:
                 best = [cost, scales, zeros, codes]

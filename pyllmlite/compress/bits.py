@@ -226,9 +226,10 @@ def _from_layer(
     hidden: torch.Tensor,
 ) -> torch.Tensor:
     """Log-probabilities when layer ``index`` begins with ``hidden``; those before do not run."""
+    given = (hidden, None) if model.returns_tuple else hidden
 
     def give(*args: Any, **kwargs: Any) -> Any:
-        return (hidden, None) if model.returns_tuple else hidden
+        return given
 
     for layer in model.layers[:index]:
         layer.forward = give

@@ -70,8 +70,6 @@ class Folder:
     def _into_norm(
         self, result: LayerResult, layer: Any, stage: Stage, scale: np.ndarray
     ) -> None:
-        import torch
-
         assert stage.norm is not None
         norm = layer.get_submodule(stage.norm)
         canonical = f"layers.{result.index}.{_NORMS[stage.kind]}.weight"
@@ -83,7 +81,6 @@ class Folder:
         for part, value in changed.items():
             name = f"{self.model.layer_name(result.index)}.{stage.norm}.{part}"
             result.changed[name] = value.astype(np.float32)
-        del torch
 
     def _into_rows(self, result: LayerResult, layer: Any, part: str, scale: np.ndarray) -> None:
         canonical = f"layers.{result.index}.{part}.weight"
@@ -99,8 +96,11 @@ class Folder:
 
 
 def scaled_rows(made: LinearWeight, rows: slice | np.ndarray, scale: np.ndarray) -> LinearWeight:
-    """A quantized matrix with some rows multiplied: only scales and minima change."""
-    assert made.scales is not None
+    """A matrix with some rows multiplied: of codes only scales and minima change."""
+    if made.format == "f32":
+        values = made.values.copy()
+        values[rows] *= scale[:, None]
+        return replace(made, values=values)
 
     def times(array: np.ndarray | None) -> np.ndarray | None:
         if array is None:
