@@ -174,7 +174,8 @@ def test_a_searched_range_costs_no_more_than_the_extremes():
             off = (grid.values(grid.round(weight)) - weight).numpy()
             off = np.pad(off, ((0, 0), (0, 28))).reshape(16, 4, 32)
             inner = np.eye(32)[None] if given is None else blocks.numpy()
-            costs.append(np.einsum("rgi,gij,rgj->rg", off, np.broadcast_to(inner, (4, 32, 32)), off))
+            inner = np.broadcast_to(inner, (4, 32, 32))
+            costs.append(np.einsum("rgi,gij,rgj->rg", off, inner, off))
         assert (costs[1] <= costs[0] * 1.0001 + 1e-9).all()
         assert costs[1].sum() < 0.9 * costs[0].sum()
 
