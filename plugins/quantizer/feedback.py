@@ -140,7 +140,7 @@ def descend(
             local, steps = slope[first:last], torch.empty_like(slope[first:last])
             pivots = inner.diagonal().tolist()
             for i in range(last - first):
-                scale, zero = scales[index[first + i]], zeros[index[first + i]]
+                scale = scales[index[first + i]]
                 old = codes[first + i]
                 new = torch.div(local[i], scale).mul_(-1 / pivots[i]).add_(old)
                 new.round_().clamp_(0, grid.top)

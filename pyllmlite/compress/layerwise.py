@@ -214,7 +214,9 @@ class _Walk:
         name = f"layers.{result.index}.{stage.kind}"
         rows = [get_weight(layer, module) for module in stage.modules]
         weight = np.concatenate(rows) if len(rows) > 1 else rows[0]
-        shape = LinearShape(name, stage.kind, *weight.shape, gated=stage.kind == "gate_up")
+        shape = LinearShape(
+            name, stage.kind, weight.shape[0], weight.shape[1], stage.kind == "gate_up"
+        )
         quantizer = self.quantizers.of(name)
         target, statistics = weight, None
         if run is not None:
