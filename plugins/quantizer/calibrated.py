@@ -1,4 +1,4 @@
-"""What the strategies that calibrate share: their options, and what they do without."""
+"""What the strategies that calibrate share: options, and what they do with other matrices."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 AWQ (Lin et al. 2023, section 3.2) divides the columns of a matrix by a scale and multiplies its
 inputs by it.  Where the op before is linear in each of its outputs, it takes the scale over, and
 nothing is left to do at run time: a norm's weight (and bias); the rows of v for attn_out, since
-attention mixes tokens but not channels; the rows of up for mlp_down, since the gate multiplies
-them.
+attention mixes tokens but not channels; the rows of up for mlp_down, which the gate multiplies.
 """
 
 from __future__ import annotations

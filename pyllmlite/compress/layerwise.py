@@ -215,7 +215,7 @@ class _Walk:
         rows = [get_weight(layer, module) for module in stage.modules]
         weight = np.concatenate(rows) if len(rows) > 1 else rows[0]
         shape = LinearShape(
-            name, stage.kind, weight.shape[0], weight.shape[1], gated=stage.kind == "gate_up"
+            name, stage.kind, weight.shape[0], weight.shape[1], stage.kind == "gate_up"
         )
         quantizer = self.quantizers.of(name)
         target, statistics = weight, None

@@ -24,6 +24,14 @@ from pyllmlite.model.source import open_checkpoint  # noqa: E402
 SETTINGS = MethodSettings("gptq", group_size=16)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices are tiny: threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 @pytest.fixture(scope="module", params=["llama", "bloom"])
 def source(request, tmp_path_factory):
     return open_checkpoint(TINY[request.param](tmp_path_factory.mktemp(request.param)))

@@ -59,7 +59,7 @@ def test_jsonl_documents_are_joined_by_an_end_of_text(source, tmp_path):
     ]
     path.write_text("\n\n".join(json.dumps(r) for r in records))
     tokenizer = source.tokenizer()
-    found = calibration_tokens(source, str(path), sequences=1, length=11)
+    found = calibration_tokens(source, str(path), sequences=1, length=10)
     assert tokenizer.decode(found[0].tolist(), skip_special_tokens=False) == (
         "abc<|im_end|>de\nf<|im_end|>g"
     )

@@ -35,6 +35,14 @@ from pyllmlite_plugins.quantizer.gptq import GPTQ  # noqa: E402
 from pyllmlite_plugins.quantizer.rtn import RoundToNearest  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices are tiny: threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     made = {}

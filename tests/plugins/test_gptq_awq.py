@@ -25,6 +25,14 @@ from pyllmlite_plugins.quantizer.grid import (  # noqa: E402
 METHODS = {"gptq": GPTQ, "awq": AWQ, "awq-gptq": AWQGPTQ}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices are tiny: threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 def statistics(columns, tokens=400, seed=0, shared=None):
     """Correlated inputs, some channels much larger than the rest, one that is never seen."""
     rng = np.random.default_rng(seed)
@@ -243,6 +251,7 @@ class _Calibrated(QuantizerConformance):
     # Error feedback and clipping raise the weights' own error; the outputs' is what they lower.
     relative_error = {"int8": 0.02, "int4": 0.25}
     half_steps = 8.0
+    shapes = ((1, 8), (16, 64), (33, 200), (5, 7), (24, 144))
 
     def calibration(self, weight):
         columns = weight.shape[1]
