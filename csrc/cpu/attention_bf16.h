@@ -256,14 +256,7 @@ struct Bf16Reader {
     if (packed) return {score_pairs<R, true>, weigh_pairs<R, true>};          \
     return {score_pairs<R, false>, weigh_pairs<R, false>};
     switch (rows) {
-      PLL_KERNELS(1)
-      PLL_KERNELS(2)
-      PLL_KERNELS(3)
-      PLL_KERNELS(4)
-      PLL_KERNELS(5)
-      PLL_KERNELS(6)
-      PLL_KERNELS(7)
-      PLL_KERNELS(8)
+      PLL_EACH_ROW_COUNT(PLL_KERNELS)
       default:
         return {nullptr, nullptr};
     }

@@ -219,18 +219,7 @@ struct FloatReader {
   case R:              \
     return {score_split<T, R>, weigh_values<T, R>};
     switch (rows) {
-      PLL_KERNELS(1)
-      PLL_KERNELS(2)
-#if PLL_ISA >= PLL_ISA_AVX2
-      PLL_KERNELS(3)
-      PLL_KERNELS(4)
-#endif
-#if PLL_ISA >= PLL_ISA_AVX512
-      PLL_KERNELS(5)
-      PLL_KERNELS(6)
-      PLL_KERNELS(7)
-      PLL_KERNELS(8)
-#endif
+      PLL_EACH_ROW_COUNT(PLL_KERNELS)
       default:
         return {nullptr, nullptr};
     }

@@ -441,18 +441,7 @@ struct Int8Reader {
   case R:              \
     return {score_codes<R>, weigh_codes<R>};
     switch (rows) {
-      PLL_KERNELS(1)
-      PLL_KERNELS(2)
-#if PLL_ISA >= PLL_ISA_AVX2
-      PLL_KERNELS(3)
-      PLL_KERNELS(4)
-#endif
-#if PLL_ISA >= PLL_ISA_AVX512
-      PLL_KERNELS(5)
-      PLL_KERNELS(6)
-      PLL_KERNELS(7)
-      PLL_KERNELS(8)
-#endif
+      PLL_EACH_ROW_COUNT(PLL_KERNELS)
       default:
         return {nullptr, nullptr};
     }

@@ -2,10 +2,10 @@
 //
 // A query tile is up to 192 rows: consecutive queries of a sequence by the query heads of a KV
 // head.  So many pay for what is done once for all of them: a split's keys and values are packed
-// for the products, where a reader packs.  A step's work is every query tile by every KV head.  A tile that is too large a share of
-// the step for one thread (a long context in decode) is cut at splits: its pieces leave their
-// splits' results in scratch, and after a barrier they are joined in the same ascending order as
-// within one thread.
+// for the products, where a reader packs.  A step's work is every query tile by every KV head.  A
+// tile that is too large a share of the step for one thread (a long context in decode) is cut at
+// splits: its pieces leave their splits' results in scratch, and after a barrier they are joined in
+// the same ascending order as within one thread.
 #ifndef PYLLMLITE_CPU_ATTENTION_PLAN_H
 #define PYLLMLITE_CPU_ATTENTION_PLAN_H
 

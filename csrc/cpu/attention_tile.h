@@ -28,10 +28,13 @@ constexpr int32_t kSplitTiles = kSplit / kTile;
 // Rows that share loads: a kernel takes at most so many.
 #if PLL_ISA >= PLL_ISA_AVX512
 constexpr int32_t kRows = 8;
+#define PLL_EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #elif PLL_ISA >= PLL_ISA_AVX2
 constexpr int32_t kRows = 4;
+#define PLL_EACH_ROW_COUNT(X) X(1) X(2) X(3) X(4)
 #else
 constexpr int32_t kRows = 2;
+#define PLL_EACH_ROW_COUNT(X) X(1) X(2)
 #endif
 // Rows of a chunk, which may be those of several heads: what the softmax takes together.
 constexpr int32_t kChunkRows = kRows < 8 ? 8 : 16;
@@ -102,8 +105,8 @@ struct Kernels {
 // powers of two are cheaper than powers of e.
 constexpr float kLog2E = 1.44269504088896f;
 
-// 2^x for x <= 0, at least 2^-126 or, for smaller x, less; NaN stays.  Within 2 ulp, or within 2^-18
-// where that is enough (ROUGH: weights that are rounded to bf16 or 16 bits afterwards).
+// 2^x for x <= 0, at least 2^-126 or, for smaller x, less; NaN stays.  Within 2 ulp, or within
+// 2^-18 where that is enough (ROUGH: weights that are rounded to bf16 or 16 bits afterwards).
 #if PLL_ISA >= PLL_ISA_AVX512
 // The instructions for fraction and scale take x as it is, -infinity too.  (Coefficients: minimax,
 // on [0, 1], with p(0) = 1.)

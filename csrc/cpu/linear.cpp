@@ -194,8 +194,8 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
   }
 }
 
-// The tiles of some rows.  A block of rows meets all weights before the next one does: its rows stay
-// in cache.
+// The tiles of some rows.  A block of rows meets all weights before the next one does: its rows
+// stay in cache.
 struct Tiles {
   const Linear* op;
   const uint8_t* const* slices;

@@ -109,26 +109,6 @@ void store_codes(const KVLayout& kv, const float* k, const float* v, int64_t slo
   for (int32_t i = 0; i < kv.head_dim; ++i) values[4 * i] = codes[i];
 }
 
-// In decode every token's slot lies in a block of its own that is no longer in any cache: a key's
-// dimensions are 32 to 64 lines apart from each other, too many for the store buffer to wait for.
-constexpr int32_t kTokensAhead = 2;
-void ask_for_slot(const KVLayout& kv, int64_t slot, int32_t head, const pll_tensor* caches) {
-  if (slot < 0 || slot >= int64_t(kv.num_blocks) * kv.block_size) return;
-  const bool codes = kv.dtype == PLL_I8;
-  const int64_t bytes = kv.dtype == PLL_F32 ? 4 : kv.dtype == PLL_BF16 ? 2 : 1;
-  const int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
-  const int64_t at = block * kv.num_kv_heads + head;
-  // Rows of keys: dimensions, or four of them together.
-  const int64_t rows = codes ? (kv.head_dim + 3) / 4 : kv.head_dim, item = codes ? 4 : bytes;
-  const int64_t row = kv.block_size * item, step = row < 64 ? 64 : row;
-  const char* k = static_cast<const char*>(caches[0].data) + at * rows * row + offset * item;
-  const int64_t value = codes ? offset / 4 * 4 : offset, values = codes ? 4 : 1;
-  const char* v = static_cast<const char*>(caches[1].data) +
-                  (at * kv.block_size + value) * kv.head_dim * bytes;
-  for (int64_t i = 0; i < rows * row; i += step) __builtin_prefetch(k + i, 1);
-  for (int64_t i = 0; i < values * kv.head_dim * bytes; i += 64) __builtin_prefetch(v + i, 1);
-}
-
 int plan_store(void* state, const pll_batch* batch, char* error, size_t error_size) {
   const RotaryStoreSpec& spec = static_cast<StoreState*>(state)->spec;
   if (spec.kv_group >= batch->num_kv_groups) {
@@ -203,9 +183,6 @@ void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, i
         rotate_head(x, half, spec.cos + position * half, spec.sin + position * half);
       }
       if (!is_key) continue;
-      if (t + kTokensAhead < last) {
-        ask_for_slot(kv, slots[t + kTokensAhead], head - spec.num_heads, buffers + 1);
-      }
       const int64_t slot = slots[t];
       if (slot < 0) continue;
       if (slot >= int64_t(kv.num_blocks) * kv.block_size) {

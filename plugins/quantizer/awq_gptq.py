@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 
 
 class AWQGPTQ(CalibratedQuantizer):
-    """DOC"""
+    """AWQ's scales and searched ranges, GPTQ's error feedback, then both once more.
+
+    Input channels are scaled as :class:`~pyllmlite_plugins.quantizer.awq.AWQ` does; the grid of
+    each row and group is searched for the least error of the outputs, in range, scale and zero
+    point; columns are rounded with error feedback on these grids.  Then, ``rounds`` times, codes
+    descend column by column over the whole matrix (QuantEase, Behdin et al. 2023), and all scales
+    of a row are solved for with the codes as they are.
+
+    Options (``extra``): ``damping`` (0.1), ``alpha_steps`` (20; 0: no input scales), ``rounds``
+    (1), ``float_targets`` (false).
+    """
 
     name = "awq-gptq"
-    float_targets = True
 
     def __init__(self, needs: QuantizerNeeds) -> None:
         super().__init__(needs)

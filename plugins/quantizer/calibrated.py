@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,6 +94,7 @@ class CalibratedQuantizer(Quantizer):
             gram = torch.from_numpy(np.ascontiguousarray(calibration.gram, np.float64))
             return self.calibrated(shape, torch.from_numpy(weight), gram, calibration)
 
+    @abstractmethod
     def calibrated(
         self,
         shape: LinearShape,
@@ -101,7 +103,6 @@ class CalibratedQuantizer(Quantizer):
         statistics: InputStatistics,
     ) -> LinearWeight:
         """As :meth:`quantize`, of a matrix that is finite and has statistics."""
-        raise NotImplementedError
 
     def group_of(self, columns: int) -> int:
         return min(self.group_size or columns, max(columns, 1))

@@ -99,6 +99,13 @@ class Quantizers:
                 f"the plan names {unknown[0]!r}, which the model does not have; "
                 "names are such as 'layers.0.qkv'"
             )
+        if settings.group_size is not None:
+            widest = max(shape.in_features for shape in shapes)
+            if settings.group_size > widest:
+                raise ConfigError(
+                    f"group_size {settings.group_size} fits no layer: the widest has {widest} "
+                    "inputs; use 0 for one group a row"
+                )
         self._made: dict[int | None, Quantizer] = {}
         for bits in dict.fromkeys([settings.bits, *settings.plan.values()]):
             symmetric = settings.symmetric
@@ -110,13 +117,6 @@ class Quantizers:
             )
             cls = registry.select("quantizer", settings.quantizer, needs).cls
             self._made[bits] = cls(needs)
-        if settings.group_size is not None:
-            widest = max(shape.in_features for shape in shapes)
-            if settings.group_size > widest:
-                raise ConfigError(
-                    f"group_size {settings.group_size} fits no layer: the widest has {widest} "
-                    "inputs; use 0 for one group a row"
-                )
 
     @property
     def needs_calibration(self) -> bool:
@@ -261,7 +261,7 @@ class _Walk:
 
         from pyllmlite.compress.targets import corrected
 
-        settings = self.quantizers.settings.extra
+        ridge = self.quantizers.settings.extra.get("ridge", 0.01)
         n = weight.shape[1]
         cross = CrossGram(n, n)
         stream = CrossGram(weight.shape[0], n) if number in (1, 3) else None
@@ -276,10 +276,10 @@ class _Walk:
                 stream.add((two - one).reshape(-1, weight.shape[0]), inputs)
         kind = self.model.layout.stages[number].kind
         statistics = gram.statistics(name, self.folder.shared(kind))
-        wanted = torch.from_numpy(weight).double() @ cross.mean() * settings.get("target", 1.0)
+        wanted = torch.from_numpy(weight).double() @ cross.mean()
         if stream is not None:
-            wanted += stream.mean() * settings.get("stream", 1.0)
-        return corrected(weight, statistics.gram, wanted, settings.get("ridge", 0.01)), statistics
+            wanted += stream.mean()
+        return corrected(weight, statistics.gram, wanted, ridge), statistics
 
 
 # -- weights of modules ------------------------------------------------------------------------
