@@ -88,7 +88,8 @@ class EngineConfig:
         model: Path of a checkpoint, alias, or hub id; None: the default model.
         tokenizer: Where the tokenizer is if not with the model.
         skip_tokenizer_init: Token ids in, token ids out.
-        dtype: ``auto``, ``f32`` or ``bf16`` (also ``float32``, ``bfloat16``).
+        dtype: ``auto``, ``f32`` or ``bf16`` (also ``float32``, ``bfloat16``).  ``auto``: what
+            the checkpoint has; bf16 for 16-bit floats, and for weights that are quantized.
         max_model_len: Prompt and output of a sequence at most; None: the model's own.
         max_num_seqs: Sequences that run at once.
         max_num_batched_tokens: Tokens of one step; None: chosen by the builder.
