@@ -24,9 +24,12 @@ constexpr int64_t PARTY_ROWS = 48;         // prepared by a thread, from which o
 constexpr int32_t COUNTERS = 4;            // that an op has
 constexpr int64_t MAX_SEGMENT = 65536;      // 255 * 127 * MAX_SEGMENT fits int32
 
+struct Piece;
+
 struct Linear {
   LinearState state;
   TileKernel kernels[MAX_ROWS + 1][3];  // 1, TILE_PANELS, WIDE_PANELS panels
+  void (*write)(const LinearSpec& spec, const Piece& piece);
 };
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -51,8 +54,9 @@ vf erfc_positive(vf z) {
   return vmul(t, vexp(vfma(vsub(vzero(), z), z, p)));
 }
 
-vf activate(vf x, Activation kind) {
-  switch (kind) {
+template <Activation KIND>
+PLL_INLINE vf activate(vf x) {
+  switch (KIND) {
     case Activation::NONE:
       return x;
     case Activation::SILU:
@@ -74,8 +78,7 @@ vf activate(vf x, Activation kind) {
 }
 
 // Scale, bias and softcap of panel lanes whose first weight row (before gating) is `column`.
-vf finish(const LinearSpec& spec, const float* acc, int64_t column, int64_t count) {
-  vf v = vload(acc);
+vf finish(const LinearSpec& spec, vf v, int64_t column, int64_t count) {
   if (spec.output_scale != 1.0f) v = vmul(v, vset1(spec.output_scale));
   if (spec.bias) v = vadd(v, vload_n(spec.bias + column, count));
   if (spec.softcap > 0) {
@@ -84,27 +87,62 @@ vf finish(const LinearSpec& spec, const float* acc, int64_t column, int64_t coun
   return v;
 }
 
-// One row of a tile: `panels` accumulators of 16 from panel `first`, to the output row.
-void write_row(const LinearSpec& spec, const float* acc, int64_t first, int64_t panels,
-               float* out) {
-  const int64_t step = spec.gated ? 2 : 1;
-  const int64_t columns = spec.weight.n / step;
-  for (int64_t p = 0; p < panels; p += step) {
-    const int64_t column = (first + p) / step * 16;
-    const int64_t count = at_most(16, columns - column);
-    vf v = activate(finish(spec, acc + p * 16, column, count), spec.activation);
-    if (spec.gated) {
-      v = vmul(v, finish(spec, acc + p * 16 + 16, columns + column, count));
-    }
-    float* to = out + column;
-    if (spec.residual) v = vadd(vload_n(to, count), v);
-    if (spec.multiply) v = vmul(vload_n(to, count), v);
-    if (count == 16) {
-      vstore(to, v);
-    } else {
-      vstore_n(to, v, count);
+// Some rows of a tile: sums, and where their outputs go.
+struct Piece {
+  const float* acc;
+  int64_t acc_stride;
+  float* out;
+  int64_t out_stride;
+  int64_t rows;
+  int64_t first, panels;  // of the weight
+};
+
+template <Activation KIND, bool GATED>
+void write_piece(const LinearSpec& spec, const Piece& piece) {
+  const Piece p = piece;  // a copy, which no store to the output can change
+  constexpr int64_t STEP = GATED ? 2 : 1;
+  const int64_t columns = spec.weight.n / STEP;
+  const bool plain = spec.output_scale == 1.0f && !spec.bias && !(spec.softcap > 0);
+  const bool residual = spec.residual, multiply = spec.multiply;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const float* acc = p.acc + r * p.acc_stride;
+    float* const out = p.out + r * p.out_stride;
+    int64_t column = p.first / STEP * 16;
+    const int64_t end = column + p.panels / STEP * 16;
+    for (; column < end; column += 16, acc += STEP * 16) {
+      const int64_t count = at_most(16, columns - column);
+      float* const to = out + column;
+      vf v = vload(acc);
+      if (!plain) v = finish(spec, v, column, count);
+      v = activate<KIND>(v);
+      if (GATED) {
+        vf up = vload(acc + 16);
+        if (!plain) up = finish(spec, up, columns + column, count);
+        v = vmul(v, up);
+      }
+      if (residual) v = vadd(vload_n(to, count), v);
+      if (multiply) v = vmul(vload_n(to, count), v);
+      if (count == 16) {
+        vstore(to, v);
+      } else {
+        vstore_n(to, v, count);
+      }
     }
   }
+}
+
+typedef void (*WritePiece)(const LinearSpec&, const Piece&);
+
+template <bool GATED>
+WritePiece find_write(Activation kind) {
+  switch (kind) {
+    case Activation::NONE: return write_piece<Activation::NONE, GATED>;
+    case Activation::SILU: return write_piece<Activation::SILU, GATED>;
+    case Activation::GELU: return write_piece<Activation::GELU, GATED>;
+    case Activation::GELU_TANH: return write_piece<Activation::GELU_TANH, GATED>;
+    case Activation::RELU: return write_piece<Activation::RELU, GATED>;
+  }
+  return nullptr;
 }
 
 // --- tiles -----------------------------------------------------------------------------------
@@ -247,10 +285,9 @@ struct Tiles {
     if (cut != row) num_groups = cut_rows(s, slices, slice, row, row + rows, groups);
     cut = row;
     run_tile(*op, groups, num_groups, rows, first, panels, acc);
-    for (int64_t r = 0; r < rows; ++r) {
-      write_row(s.spec, acc + r * TILE_WIDTH * 16, first, panels,
-                static_cast<float*>(out->data) + (row + r) * out->stride[0]);
-    }
+    const int64_t stride = out->stride[0];
+    op->write(s.spec, Piece{acc, TILE_WIDTH * 16, static_cast<float*>(out->data) + row * stride,
+                            stride, rows, first, panels});
   }
 };
 
@@ -521,6 +558,7 @@ pll_op make_linear(const LinearSpec& spec) {
     free(linear);
     throw;
   }
+  linear->write = spec.gated ? find_write<true>(spec.activation) : find_write<false>(spec.activation);
   const WeightFormat format = spec.weight.format;
   const int panels[3] = {1, TILE_PANELS, WIDE_PANELS};
   for (int rows = 1; rows <= static_cast<int>(linear->state.max_rows); ++rows) {

@@ -217,6 +217,20 @@ Program::Program(int32_t max_num_tokens, int32_t max_logit_rows, std::shared_ptr
 
 Program::~Program() = default;
 
+namespace {
+
+// Elements from one row to the next.  Wide rows lie an odd number of cache lines apart: ops write
+// and read a few columns of many rows, which fall on the same few sets of a cache where rows are a
+// multiple of a large power of two apart.
+int64_t row_stride(int64_t width, size_t element) {
+  constexpr size_t LINE = 64, WIDE = 1024;
+  const size_t bytes = static_cast<size_t>(width) * element;
+  if (bytes < WIDE || bytes % (2 * LINE) != 0) return width;
+  return width + static_cast<int64_t>(LINE / element);
+}
+
+}  // namespace
+
 int Program::add_buffer(const std::string& name, int64_t rows, int64_t width, pll_dtype dtype) {
   impl_->check_open();
   const int64_t count = impl_->rows_of(rows);
@@ -228,8 +242,9 @@ int Program::add_buffer(const std::string& name, int64_t rows, int64_t width, pl
   buffer.name = name;
   buffer.rows = rows;
   buffer.owner = static_cast<int>(impl_->buffers.size());
-  buffer.bytes = static_cast<size_t>(count * width) * dtype_bytes(dtype);
-  buffer.tensor = pll_tensor{nullptr, dtype, 2, {count, width, 1, 1}, {width, 1, 1, 1}};
+  const int64_t stride = row_stride(width, dtype_bytes(dtype));
+  buffer.bytes = static_cast<size_t>(count * stride) * dtype_bytes(dtype);
+  buffer.tensor = pll_tensor{nullptr, dtype, 2, {count, width, 1, 1}, {stride, 1, 1, 1}};
   impl_->buffers.push_back(std::move(buffer));
   return static_cast<int>(impl_->buffers.size()) - 1;
 }
