@@ -12,6 +12,7 @@
 #include "cpu/buffers.h"
 #include "linear_impl.h"
 #include "linear_outliers.h"
+#include "simd_int.h"
 
 namespace pyllmlite::PLL_NS {
 namespace {
@@ -187,8 +188,9 @@ int64_t cut_rows(const LinearState& s, const uint8_t* const* slices, int64_t sli
 }
 
 // acc [rows][TILE_WIDTH * 16] = the groups' rows times `panels` panels from panel `first`.
+// out [rows], `out_stride` apart, is where the outputs will go: its lines are asked for on the way.
 void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int64_t num_rows,
-              int64_t first, int64_t panels, float* acc) {
+              int64_t first, int64_t panels, float* acc, const float* out, int64_t out_stride) {
   const LinearState& s = op.state;
   const PackedLinear& weight = s.spec.weight;
   constexpr int64_t STRIDE = TILE_WIDTH * 16;
@@ -203,6 +205,8 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
   args.row = &s.row;
   args.packed = &weight;
   args.acc_stride = STRIDE;
+  const int64_t step = s.spec.gated ? 2 : 1;
+  out += first / step * 16;
   for (int64_t k = 0; k < s.row.k; k += k_block) {
     args.k0 = k;
     args.k1 = at_most(k + k_block, s.row.k);
@@ -215,7 +219,12 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
       args.scales = scales_at(weight, weight.scales, (first + p) * s.panel_scales);
       args.mins = scales_at(weight, weight.mins, (first + p) * s.panel_scales);
       args.acc = acc + p * 16;
+      const bool at_last = args.k1 == s.row.k && p + width == panels && num_groups > 1;
       for (int64_t g = 0; g < num_groups; ++g) {
+        if (at_last) {
+          for (int64_t r = 0; r < groups[g].count; ++r, out += out_stride)
+            for (int64_t c = 0; c < panels / step * 16; c += 16) prefetch_l2(out + c);
+        }
         // The first rows bring the weights; for those behind them `ahead` is what is there.
         ask_ahead(s, width, g == 0, &args);
         args.rows = groups[g].rows;
@@ -284,10 +293,10 @@ struct Tiles {
     if (rows <= 0) return;
     if (cut != row) num_groups = cut_rows(s, slices, slice, row, row + rows, groups);
     cut = row;
-    run_tile(*op, groups, num_groups, rows, first, panels, acc);
     const int64_t stride = out->stride[0];
-    op->write(s.spec, Piece{acc, TILE_WIDTH * 16, static_cast<float*>(out->data) + row * stride,
-                            stride, rows, first, panels});
+    float* const to = static_cast<float*>(out->data) + row * stride;
+    run_tile(*op, groups, num_groups, rows, first, panels, acc, to, stride);
+    op->write(s.spec, Piece{acc, TILE_WIDTH * 16, to, stride, rows, first, panels});
   }
 };
 
@@ -470,6 +479,7 @@ void set_layout(LinearState* s) {
     }
     if (spec.int8_activations) {
       row.type = RowType::INT8;
+      row.raised = w.format == WeightFormat::INT8 ? I8_OFFSET : w.mins ? 0 : 8;
       activation = spec.activation_group != 0 ? spec.activation_group : group < k ? group : 64;
       if (activation < k && activation % 8 != 0 && activation != group) {
         throw std::invalid_argument("linear: activation_group must be a multiple of 8");
@@ -490,8 +500,8 @@ void set_layout(LinearState* s) {
   }
   const int64_t arrays = row.num_segments * 4;
   row.scale_at = round_up((k + 16) * value_bytes(row.type), 64);
-  row.code_sum_at = row.scale_at + (row.type == RowType::INT8 ? arrays : 0);
-  row.sum_at = row.code_sum_at + (row.type == RowType::INT8 ? arrays : 0);
+  row.start_at = row.scale_at + (row.type == RowType::INT8 ? arrays : 0);
+  row.sum_at = row.start_at + (row.type == RowType::INT8 ? arrays : 0);
   row.bytes = round_up(row.sum_at + arrays, 64);
   s->local_rows = LOCAL_BYTES / row.bytes;  // outliers do not count: few of them are read
   if (spec.outlier_threshold > 0) {

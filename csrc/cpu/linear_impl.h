@@ -25,8 +25,8 @@ enum class RowType : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 
 // A prepared row: its k values (F32: float; BF16: bf16, or rounded to it but kept as float where
 // the machine has no bf16 dot product; INT8: codes), zeros behind them, then
-// per segment a scale (f32, INT8 only), the sum of its codes (i32, INT8 only) and the sum of its
-// values, as rounded (f32).  bf16 that meets codes stands in the order of their pairs: columns
+// per segment a scale (f32, INT8 only), what its products begin with (i32, INT8 only: less its codes
+// times what the weight's codes were raised by) and the sum of its values, as rounded (f32).  bf16 that meets codes stands in the order of their pairs: columns
 // 0 2 1 3 of every four (see linear_bf16_rows.cpp).  A segment is the run of columns whose dot
 // product is scaled at once; it divides the weight's group and the activation group.
 struct RowLayout {
@@ -37,8 +37,9 @@ struct RowLayout {
   int64_t segments_per_group;             // of the weight
   int64_t segments_per_activation_group;  // INT8 rows
   int64_t scale_at;                       // bytes from the row's start
-  int64_t code_sum_at;
+  int64_t start_at;
   int64_t sum_at;
+  int32_t raised;       // INT8 rows: what was added to the weight's codes
   int64_t outliers_at;  // LLM.int8() only, else 0: see linear_outliers.h
   int64_t bytes;  // an odd multiple of 64, so that rows do not fall on the same cache sets
 };

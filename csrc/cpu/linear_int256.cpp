@@ -134,8 +134,8 @@ PLL_INLINE __m256 load_half(const PackedLinear& packed, const void* table, int64
                    reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(table) + at)));
 }
 
-// As add_segment, less the rows' codes times 2^SHIFT, which they were multiplied by too much.
-template <int ROWS, bool MINS, int SHIFT>
+// As add_segment.  RAISED: the sums begin with what the rows' records say.
+template <int ROWS, bool MINS, bool RAISED>
 PLL_INLINE void add_scaled(const TileArgs& a, const RowLayout& row, const Segment& s,
                            const Sums<ROWS>& total, const uint8_t* const (&x)[ROWS]) {
   const int64_t at = s.group * 16;
@@ -153,11 +153,11 @@ PLL_INLINE void add_scaled(const TileArgs& a, const RowLayout& row, const Segmen
   float* to = a.acc;
   PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
     const uint8_t* const of_segment = x[r] + 4 * s.index;
-    const __m256i offset = _mm256_slli_epi32(four_codes(of_segment + row.code_sum_at), SHIFT);
+    const __m256i start = four_codes(of_segment + row.start_at);
     const __m256 row_scale = one_float(of_segment + row.scale_at);
     const __m256 row_sum = one_float(of_segment + row.sum_at);
     PLL_UNROLL for (int h = 0; h < 2; ++h) {
-      const __m256i sum = SHIFT ? _mm256_sub_epi32(total.v[r][h], offset) : total.v[r][h];
+      const __m256i sum = RAISED ? _mm256_add_epi32(total.v[r][h], start) : total.v[r][h];
       const __m256 factor = _mm256_mul_ps(scale[h], row_scale);
       __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, _mm256_loadu_ps(to + 8 * h));
       if (MINS) value = _mm256_fmadd_ps(min[h], row_sum, value);
@@ -168,7 +168,7 @@ PLL_INLINE void add_scaled(const TileArgs& a, const RowLayout& row, const Segmen
 }
 
 // ONE: every segment is one block.
-template <class Codes, int ROWS, bool MINS, int SHIFT, bool ONE>
+template <class Codes, int ROWS, bool MINS, bool RAISED, bool ONE>
 static void run_segments(const TileArgs& args) {
   const TileArgs a = args;  // copies, which no store to the output can change
   const RowLayout row = *args.row;
@@ -186,16 +186,16 @@ static void run_segments(const TileArgs& args) {
         add_block<Codes, ROWS>(total, w, x, k, end, a.ahead);
       }
     }
-    add_scaled<ROWS, MINS, SHIFT>(a, row, s, total, x);
+    add_scaled<ROWS, MINS, RAISED>(a, row, s, total, x);
   });
 }
 
-template <class Codes, int ROWS, bool MINS, int SHIFT>
+template <class Codes, int ROWS, bool MINS, bool RAISED>
 static void run_rows(const TileArgs& a) {
   if (a.row->segment == BLOCK && a.k1 % BLOCK == 0) {
-    run_segments<Codes, ROWS, MINS, SHIFT, true>(a);
+    run_segments<Codes, ROWS, MINS, RAISED, true>(a);
   } else {
-    run_segments<Codes, ROWS, MINS, SHIFT, false>(a);
+    run_segments<Codes, ROWS, MINS, RAISED, false>(a);
   }
 }
 
@@ -203,22 +203,21 @@ template <int ROWS, int PANELS>
 struct Int4IntRows {
   static void run(const TileArgs& a) {
     if (a.mins) {
-      run_rows<U4, ROWS, true, 0>(a);
+      run_rows<U4, ROWS, true, false>(a);
     } else {
-      run_rows<U4, ROWS, false, 3>(a);  // codes packed with 8 added
+      run_rows<U4, ROWS, false, true>(a);  // codes packed with 8 added
     }
   }
 };
 
 template <int ROWS, int PANELS>
 struct Int8IntRows {
-  // VPDPBUSD wants unsigned codes: 128 is added.
-  static constexpr int SHIFT = PLL_ISA == PLL_ISA_AVX_VNNI ? 7 : 0;
+  static constexpr bool RAISED = I8_OFFSET != 0;
   static void run(const TileArgs& a) {
     if (a.mins) {
-      run_rows<I8, ROWS, true, SHIFT>(a);
+      run_rows<I8, ROWS, true, RAISED>(a);
     } else {
-      run_rows<I8, ROWS, false, SHIFT>(a);
+      run_rows<I8, ROWS, false, RAISED>(a);
     }
   }
 };

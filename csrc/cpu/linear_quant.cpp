@@ -9,71 +9,95 @@ namespace pyllmlite::PLL_NS {
 namespace {
 
 #if !PLL_ISA_IS_256
-template <int ROWS, int PANELS, bool INT4>
-struct IntKernel {
-  static void run(const TileArgs& a) {
-    const RowLayout& row = *a.row;
-    const uint8_t* w[PANELS];
-    PLL_UNROLL for (int p = 0; p < PANELS; ++p) w[p] = a.weight + p * a.panel_bytes;
-    const uint8_t* x[ROWS];
-    PLL_UNROLL for (int r = 0; r < ROWS; ++r) x[r] = a.rows + r * row.bytes;
-    const int32_t offset = INT4 ? (a.mins ? 0 : 8) : I8_OFFSET;
-    each_segment(a, [&](const Segment& s) {
-      vi sum[ROWS][PANELS];
-      float row_scale[ROWS], row_sum[ROWS];
-      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-        int32_t codes;
-        memcpy(&codes, x[r] + row.code_sum_at + 4 * s.index, 4);
-        memcpy(&row_scale[r], x[r] + row.scale_at + 4 * s.index, 4);
-        memcpy(&row_sum[r], x[r] + row.sum_at + 4 * s.index, 4);
-        PLL_UNROLL for (int p = 0; p < PANELS; ++p) sum[r][p] = vi_set1(-offset * codes);
+PLL_INLINE vi four_codes(const uint8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return vi_set1(four);
+}
+PLL_INLINE vf one_float(const uint8_t* p) {
+  float x;
+  memcpy(&x, p, 4);
+  return vset1(x);
+}
+
+template <int ROWS, int PANELS, bool INT4, bool MINS>
+static void run_segments(const TileArgs& args) {
+  const TileArgs a = args;  // copies, which no store to the output can change
+  const RowLayout row = *args.row;
+  const PackedLinear packed = *args.packed;
+  const uint8_t* w[PANELS];
+  PLL_UNROLL for (int p = 0; p < PANELS; ++p) w[p] = a.weight + p * a.panel_bytes;
+  const uint8_t* x[ROWS];
+  PLL_UNROLL for (int r = 0; r < ROWS; ++r) x[r] = a.rows + r * row.bytes;
+  each_segment(a, [&](const Segment& s) __attribute__((always_inline)) {
+    vi sum[ROWS][PANELS];
+    PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+      const vi start = INT4 && MINS ? vi_set1(0) : four_codes(x[r] + row.start_at + 4 * s.index);
+      PLL_UNROLL for (int p = 0; p < PANELS; ++p) sum[r][p] = start;
+    }
+    // 64 bytes hold 4 columns of a panel (INT8) or 8 (INT4).
+    constexpr int64_t STEP = INT4 ? 8 : 4;
+    for (int64_t k = s.k0; k < s.k1; k += STEP) {
+      vi low[PANELS], high[PANELS];
+      PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
+        const uint8_t* from = w[p] + k * (64 / STEP);
+        const vi raw = vi_load(from);
+        ask_ahead<PANELS>(from + a.ahead);
+        low[p] = INT4 ? u4_low(raw) : i8_prepare(raw);
+        if (INT4) high[p] = u4_high(raw);
       }
-      // 64 bytes hold 4 columns of a panel (INT8) or 8 (INT4).
-      constexpr int64_t STEP = INT4 ? 8 : 4;
-      for (int64_t k = s.k0; k < s.k1; k += STEP) {
-        vi low[PANELS], high[PANELS];
+      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+        const vi value = four_codes(x[r] + k);
         PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
-          const uint8_t* from = w[p] + k * (64 / STEP);
-          const vi raw = vi_load(from);
-          ask_ahead<PANELS>(from + a.ahead);
-          low[p] = INT4 ? u4_low(raw) : i8_prepare(raw);
-          if (INT4) high[p] = u4_high(raw);
+          sum[r][p] = INT4 ? u4_dot(sum[r][p], low[p], value) : i8_dot(sum[r][p], low[p], value);
         }
+      }
+      if (INT4) {
         PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-          int32_t four;
-          memcpy(&four, x[r] + k, 4);
-          const vi value = vi_set1(four);
-          PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
-            sum[r][p] =
-                INT4 ? u4_dot(sum[r][p], low[p], value) : i8_dot(sum[r][p], low[p], value);
-          }
-        }
-        if (INT4) {
-          PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-            int32_t four;
-            memcpy(&four, x[r] + k + 4, 4);
-            const vi value = vi_set1(four);
-            PLL_UNROLL for (int p = 0; p < PANELS; ++p)
-                sum[r][p] = u4_dot(sum[r][p], high[p], value);
-          }
+          const vi value = four_codes(x[r] + k + 4);
+          PLL_UNROLL for (int p = 0; p < PANELS; ++p)
+              sum[r][p] = u4_dot(sum[r][p], high[p], value);
         }
       }
-      vf part[ROWS][PANELS];
-      PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
-        PLL_UNROLL for (int p = 0; p < PANELS; ++p) part[r][p] = vi_to_vf(sum[r][p]);
+    }
+    vf scale[PANELS], min[PANELS];
+    PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
+      const int64_t at = p * a.panel_scales + s.group * 16;
+      scale[p] = load_scales(packed, a.scales, at);
+      ask_ahead<PANELS>(scales_at(packed, a.scales, at + a.ahead_scales));
+      if (MINS) {
+        min[p] = load_scales(packed, a.mins, at);
+        ask_ahead<PANELS>(scales_at(packed, a.mins, at + a.ahead_scales));
+        if (packed.zero_points) min[p] = vmul(vsub(vzero(), scale[p]), min[p]);
       }
-      add_segment<ROWS, PANELS>(a, s, part, row_scale, row_sum);
-    });
-  }
-};
+    }
+    float* to = a.acc;
+    PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
+      const uint8_t* const of_segment = x[r] + 4 * s.index;
+      const vf row_scale = one_float(of_segment + row.scale_at);
+      PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
+        vf value = vfma(vi_to_vf(sum[r][p]), vmul(scale[p], row_scale), vload(to + 16 * p));
+        if (MINS) value = vfma(min[p], one_float(of_segment + row.sum_at), value);
+        vstore(to + 16 * p, value);
+      }
+      to += a.acc_stride;
+    }
+  });
+}
 
 template <int ROWS, int PANELS>
 struct Int8IntRows {
-  static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, false>::run(a); }
+  static void run(const TileArgs& a) {
+    a.mins ? run_segments<ROWS, PANELS, false, true>(a)
+           : run_segments<ROWS, PANELS, false, false>(a);
+  }
 };
 template <int ROWS, int PANELS>
 struct Int4IntRows {
-  static void run(const TileArgs& a) { IntKernel<ROWS, PANELS, true>::run(a); }
+  static void run(const TileArgs& a) {
+    a.mins ? run_segments<ROWS, PANELS, true, true>(a)
+           : run_segments<ROWS, PANELS, true, false>(a);
+  }
 };
 #endif
 }  // namespace

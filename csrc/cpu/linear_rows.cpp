@@ -34,8 +34,16 @@ float plain_sum(const float* x, int64_t n) {
   return sum_of(x, n, [](vf s, vf v) { return vadd(s, v); });
 }
 
-// y = norm(x) * input_scale over the row; y has room up to the next multiple of 16.
-void norm_row(const LinearSpec& spec, const float* x, int64_t k, float* y) {
+// What a row's values are normed with.
+struct NormedBy {
+  vf mean, factor;
+  const float* weight;
+  const float* bias;
+  const float* input_scale;
+  Norm kind;
+};
+
+NormedBy norm_of(const LinearSpec& spec, const float* x, int64_t k) {
   float mean = 0, factor = 1;
   if (spec.norm.kind == Norm::LAYER) {
     mean = plain_sum(x, k) / (float)k;
@@ -49,19 +57,25 @@ void norm_row(const LinearSpec& spec, const float* x, int64_t k, float* y) {
     const float squares = sum_of(x, k, [](vf s, vf v) { return vfma(v, v, s); });
     factor = 1.0f / __builtin_sqrtf(squares / (float)k + spec.norm.eps);
   }
-  const float* weight = spec.norm.kind == Norm::NONE ? nullptr : spec.norm.weight;
-  const float* bias = spec.norm.kind == Norm::NONE ? nullptr : spec.norm.bias;
-  const vf m = vset1(mean), f = vset1(factor);
-  for (int64_t i = 0; i < k; i += 16) {
-    const int64_t n = k - i;
-    vf v = vload_n(x + i, n);
-    if (spec.norm.kind == Norm::LAYER) v = vsub(v, m);
-    if (spec.norm.kind != Norm::NONE) v = vmul(v, f);
-    if (weight) v = vmul(v, vload_n(weight + i, n));
-    if (bias) v = vadd(v, vload_n(bias + i, n));
-    if (spec.input_scale) v = vmul(v, vload_n(spec.input_scale + i, n));
-    vstore(y + i, v);
-  }
+  const bool none = spec.norm.kind == Norm::NONE;
+  return NormedBy{vset1(mean), vset1(factor), none ? nullptr : spec.norm.weight,
+                  none ? nullptr : spec.norm.bias, spec.input_scale, spec.norm.kind};
+}
+
+// norm(x) * input_scale of v, which holds x[i] to x[i + n).
+PLL_INLINE vf normed(const NormedBy& by, vf v, int64_t i, int64_t n) {
+  if (by.kind == Norm::LAYER) v = vsub(v, by.mean);
+  if (by.kind != Norm::NONE) v = vmul(v, by.factor);
+  if (by.weight) v = vmul(v, vload_n(by.weight + i, n));
+  if (by.bias) v = vadd(v, vload_n(by.bias + i, n));
+  if (by.input_scale) v = vmul(v, vload_n(by.input_scale + i, n));
+  return v;
+}
+
+// y = norm(x) * input_scale over the row; y has room up to the next multiple of 16.
+void norm_row(const LinearSpec& spec, const float* x, int64_t k, float* y) {
+  const NormedBy by = norm_of(spec, x, k);
+  for (int64_t i = 0; i < k; i += 16) vstore(y + i, normed(by, vload_n(x + i, k - i), i, k - i));
 }
 
 int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
@@ -94,23 +108,49 @@ int32_t write_codes(const float* y, int64_t begin, int64_t end, float inverse, i
 
 // Symmetric, round to nearest even, scale = max |y| / 127.  A group that holds NaN or infinity
 // gets codes 0 and scale NaN: its row's outputs are NaN, other rows see nothing.
+struct GroupScale {
+  float scale, inverse;
+};
+PLL_INLINE GroupScale scale_of(float amax) {
+  const bool finite = amax < INFINITY;
+  // Below 1e-35 127 / amax nears overflow; such a group is nothing beside any other number.
+  const bool tiny = amax <= 1e-35f;
+  return GroupScale{!finite ? NAN : tiny ? 0.0f : amax / 127.0f,
+                    finite && !tiny ? 127.0f / amax : 0.0f};
+}
+
+// Where a record's parts stand, INT8 rows.
+struct Record {
+  int8_t* codes;
+  float* scales;
+  int32_t* starts;
+  float* sums;
+
+  Record(const RowLayout& row, uint8_t* record)
+      : codes(reinterpret_cast<int8_t*>(record)),
+        scales(reinterpret_cast<float*>(record + row.scale_at)),
+        starts(reinterpret_cast<int32_t*>(record + row.start_at)),
+        sums(reinterpret_cast<float*>(record + row.sum_at)) {}
+
+  inline __attribute__((always_inline)) void set_segment(const RowLayout& row, int64_t s, float scale, int32_t total) const {
+    scales[s] = scale;
+    starts[s] = -row.raised * total;
+    sums[s] = scale * static_cast<float>(total);
+  }
+};
+
 // temp: 2 floats an activation group.
 void quantize(const RowLayout& row, const float* y, float* temp, uint8_t* record) {
-  int8_t* codes = reinterpret_cast<int8_t*>(record);
-  float* scales = reinterpret_cast<float*>(record + row.scale_at);
-  int32_t* code_sums = reinterpret_cast<int32_t*>(record + row.code_sum_at);
-  float* sums = reinterpret_cast<float*>(record + row.sum_at);
+  const Record to(row, record);
   const int64_t per_group = row.segments_per_activation_group;
   const int64_t groups = (row.num_segments + per_group - 1) / per_group;
   float* amax = temp;
   float* inverses = temp + groups;
   find_amax(row, y, amax);
   for (int64_t g = 0; g < groups; ++g) {
-    const bool finite = amax[g] < INFINITY;
-    // Below 1e-35 127 / amax nears overflow; such a group is nothing beside any other number.
-    const bool tiny = amax[g] <= 1e-35f;
-    inverses[g] = finite && !tiny ? 127.0f / amax[g] : 0.0f;
-    amax[g] = !finite ? NAN : tiny ? 0.0f : amax[g] / 127.0f;
+    const GroupScale scale = scale_of(amax[g]);
+    amax[g] = scale.scale;
+    inverses[g] = scale.inverse;
   }
   for (int64_t s = 0, g = 0; s < row.num_segments; ++g) {
     const float scale = amax[g];
@@ -118,16 +158,48 @@ void quantize(const RowLayout& row, const float* y, float* temp, uint8_t* record
       const int64_t begin = s * row.segment, end = at_most(begin + row.segment, row.k);
       int32_t total = 0;
       if (scale == scale) {
-        total = write_codes(y, begin, end, inverses[g], codes);
+        total = write_codes(y, begin, end, inverses[g], to.codes);
       } else {
-        memset(codes + begin, 0, static_cast<size_t>(end - begin));
+        memset(to.codes + begin, 0, static_cast<size_t>(end - begin));
       }
-      scales[s] = scale;
-      code_sums[s] = total;
-      sums[s] = scale * static_cast<float>(total);
+      to.set_segment(row, s, scale, total);
     }
   }
-  memset(codes + row.k, 0, 16);
+  memset(to.codes + row.k, 0, 16);
+}
+
+// The same for a row of whole segments of VECTORS vectors, each an activation group: normed and
+// quantized while it is in registers.
+template <int VECTORS>
+void norm_and_quantize(const LinearSpec& spec, const RowLayout& row, const float* x,
+                       uint8_t* record) {
+  const Record to(row, record);
+  const NormedBy by = norm_of(spec, x, row.k);
+  for (int64_t s = 0; s < row.num_segments; ++s) {
+    const int64_t begin = s * VECTORS * 16;
+    vf y[VECTORS];
+    vi top = vi_set1(0);
+    PLL_UNROLL for (int i = 0; i < VECTORS; ++i) {
+      const int64_t at = begin + i * 16;
+      y[i] = normed(by, vload(x + at), at, 16);
+      top = vi_max(top, vi_abs_bits(y[i]));
+    }
+    const int32_t bits = vi_reduce_max(top);
+    float amax;
+    memcpy(&amax, &bits, 4);
+    const GroupScale scale = scale_of(amax);
+    const vf inverse = vset1(scale.inverse);
+    // Not finite: 0 times it would be a NaN.
+    const bool finite = scale.scale == scale.scale;
+    vi sum = vi_set1(0);
+    PLL_UNROLL for (int i = 0; i < VECTORS; ++i) {
+      const vi code = finite ? vi_round(vmul(y[i], inverse)) : vi_set1(0);
+      vi_store_i8(to.codes + begin + i * 16, code);
+      sum = vi_add(sum, code);
+    }
+    to.set_segment(row, s, scale.scale, vi_reduce_add(sum));
+  }
+  memset(to.codes + row.k, 0, 16);
 }
 
 void write_sums(const RowLayout& row, const float* values, uint8_t* record) {
@@ -172,6 +244,12 @@ void prepare_row(const LinearState& state, const float* x, float* temp, uint8_t*
   const RowLayout& row = state.row;
   const int64_t k = row.k;
   const int32_t* permutation = spec.input_permutation;
+  if (row.type == RowType::INT8 && !permutation && row.outliers_at == 0 &&
+      row.segments_per_activation_group == 1 && k % row.segment == 0) {
+    if (row.segment == 32) return norm_and_quantize<2>(spec, row, x, record);
+    if (row.segment == 64) return norm_and_quantize<4>(spec, row, x, record);
+    if (row.segment == 128) return norm_and_quantize<8>(spec, row, x, record);
+  }
   float* const y = row.type == RowType::F32 ? reinterpret_cast<float*>(record) : temp;
   if (permutation) {
     float* const plain = temp + (k + 31) / 16 * 16;

@@ -75,6 +75,7 @@ PLL_INLINE __m256i fixed(__m256i v) {
   return v;
 }
 
+static constexpr int32_t I8_OFFSET = PLL_ISA == PLL_ISA_AVX_VNNI ? 128 : 0;
 #if PLL_ISA == PLL_ISA_AVX_VNNI
 // VPDPBUSD: sum + u[0] s[0] + ... + u[3] s[3] of every lane, bytes u unsigned, s signed.
 PLL_INLINE __m256i dpbusd(__m256i sum, __m256i u, __m256i s) {
