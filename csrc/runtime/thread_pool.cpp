@@ -25,21 +25,20 @@ namespace {
 
 using std::chrono::nanoseconds;
 
-// How long a thread spins before it sleeps.  A sleep and a wake-up cost tens of microseconds:
-// spinning longer than about that loses more than it can win.  It halves when it was in vain
-// (the thread waited for may need this very CPU) and doubles when it was not.
+// How long a thread spins before it sleeps.  To sleep and be woken costs tens of microseconds, in a
+// virtual machine hundreds: spinning longer than about that loses more than it can win.
 //
-// A sleep of less than `most` was in vain only because the spin ended too early: with `grows` that
-// doubles it too.  Else two long waits in a row would leave a thread that sleeps before every step
-// of a steady rhythm.  Not at barriers: there the other thread may have come because this one
-// slept and left it the CPU.
+// It doubles when the wait was shorter than `most`, also where the spin had ended before, and
+// halves when it was not (the thread waited for was not running).  What counts is when the gate was
+// opened and not when the sleeper was woken: a thread that comes late because it slept would send
+// the next one to sleep, op after op.
 struct Patience {
-  nanoseconds least, most, now;
-  bool grows;
-  void was(bool right) { now = right ? std::min(now * 2, most) : std::max(now / 2, least); }
+  nanoseconds most, now;
+  void was_short(bool is) {
+    now = is ? std::min(now * 2, most) : std::max(now / 2, nanoseconds(4000));
+  }
 };
-constexpr nanoseconds kLeastSpin{4000};
-constexpr nanoseconds kBarrierSpin{50000};
+constexpr nanoseconds kBarrierSpin{100000};
 // Between steps the host works for longer.
 constexpr nanoseconds kJobSpin{200000};
 
@@ -61,36 +60,44 @@ class alignas(64) Gate {
     // seq_cst on both sides: either the sleeper's count is seen here, or the new phase is
     // seen by the sleeper before it sleeps.
     phase_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) != 0) wake();
+    if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+    opened_.store(clock(), std::memory_order_relaxed);
+    wake();
   }
 
-  void wait(uint32_t old, Patience* patience) {
+  // spins: false where whoever is waited for needs this very CPU.
+  void wait(uint32_t old, Patience* patience, bool spins) {
     if (phase() != old) return;
-    const bool spins = patience->most.count() > 0;
-    std::chrono::steady_clock::time_point start;
+    spins = spins && patience->most.count() > 0;
+    const int64_t start = spins ? clock() : 0;
     if (spins) {
-      start = std::chrono::steady_clock::now();
-      const auto end = start + patience->now;
+      const int64_t end = start + patience->now.count();
       do {
         for (int i = 0; i < 16; ++i) {
           if (phase() != old) {
-            patience->was(true);
+            patience->was_short(true);
             return;
           }
           pause();
         }
-      } while (std::chrono::steady_clock::now() < end);
+      } while (clock() < end);
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     while (phase_.load(std::memory_order_seq_cst) == old) sleep(old);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    // An older time: the gate was opened before this thread counted as a sleeper.
     if (spins) {
-      patience->was(patience->grows &&
-                    std::chrono::steady_clock::now() - start < patience->most);
+      patience->was_short(opened_.load(std::memory_order_relaxed) - start <
+                          patience->most.count());
     }
   }
 
  private:
+  static int64_t clock() {
+    return std::chrono::duration_cast<nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
 #if defined(__linux__)
   void sleep(uint32_t old) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&phase_), FUTEX_WAIT_PRIVATE, old, nullptr,
@@ -115,18 +122,29 @@ class alignas(64) Gate {
   static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t), "a futex is a plain word");
   std::atomic<uint32_t> phase_{0};
   std::atomic<uint32_t> sleepers_{0};
+  std::atomic<int64_t> opened_{0};  // when somebody was woken last
 };
+
+// The CPU that the calling thread runs on; -1: not known.
+int this_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
 
 // Counts forks seen from the child, where the pool's threads are gone.
 std::atomic<uint32_t> fork_generation{0};
 
-// A thread's waits; padded, as each is written by its own thread.
-struct alignas(64) Waits {
+// A thread of a pool; padded, as each is written by its own thread.
+struct alignas(64) Member {
   Patience barrier, job;
+  std::atomic<int> cpu{-1};  // where it was last
 };
 // Of the pool that this thread is running in.
 thread_local const void* running_pool = nullptr;
-thread_local Waits* waits = nullptr;
+thread_local Member* self = nullptr;
 
 void count_forks() {
   static const int registered = pthread_atfork(
@@ -146,13 +164,13 @@ int num_cpus() {
 
 struct ThreadPool::State {
   State(int num_threads, const std::vector<int>& affinity)
-      : num_threads(num_threads), generation(fork_generation.load(std::memory_order_relaxed)) {
+      : num_threads(num_threads), members(num_threads), generation(fork_generation.load(std::memory_order_relaxed)) {
     // With fewer CPUs than threads the one waited for may need this very CPU: sleep at once.
     const bool spin = num_cpus() >= num_threads;
-    const Patience none{nanoseconds(0), nanoseconds(0), nanoseconds(0), false};
-    const Patience at_barrier{kLeastSpin, kBarrierSpin, kBarrierSpin, false};
-    const Patience for_job{kLeastSpin, kJobSpin, kJobSpin, true};
-    all_waits.assign(num_threads, spin ? Waits{at_barrier, for_job} : Waits{none, none});
+    for (Member& member : members) {
+      member.barrier.most = member.barrier.now = spin ? kBarrierSpin : nanoseconds(0);
+      member.job.most = member.job.now = spin ? kJobSpin : nanoseconds(0);
+    }
     threads.reserve(num_threads - 1);
     try {
       for (int t = 1; t < num_threads; ++t) threads.emplace_back([this, t] { work(t); });
@@ -185,9 +203,9 @@ struct ThreadPool::State {
   }
 
   void work(int thread) {
-    waits = &all_waits[thread];
+    self = &members[thread];
     for (uint32_t seen = 0;; ++seen) {
-      job.wait(seen, &waits->job);
+      job.wait(seen, &self->job, true);
       if (stopping.load(std::memory_order_relaxed)) return;
       function(argument, thread);
       barrier();
@@ -196,18 +214,29 @@ struct ThreadPool::State {
 
   void barrier() {
     if (num_threads == 1) return;
+    self->cpu.store(this_cpu(), std::memory_order_relaxed);
     const uint32_t phase = gate.phase();
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads) {
       arrived.store(0, std::memory_order_relaxed);
       gate.open();
     } else {
-      gate.wait(phase, &waits->barrier);
+      gate.wait(phase, &self->barrier, alone());
     }
   }
 
+  // Has the calling thread its CPU for itself, as far as this pool's threads go?
+  bool alone() const {
+    const int cpu = self->cpu.load(std::memory_order_relaxed);
+    if (cpu < 0) return true;
+    for (const Member& other : members) {
+      if (&other != self && other.cpu.load(std::memory_order_relaxed) == cpu) return false;
+    }
+    return true;
+  }
+
   const int num_threads;
+  std::vector<Member> members;
   const uint32_t generation;
-  std::vector<Waits> all_waits;
   std::vector<std::thread> threads;
   std::mutex turn;
   std::atomic<bool> stopping{false};
@@ -254,7 +283,7 @@ void ThreadPool::run(void (*function)(void*, int), void* argument) {
   if (state->generation != fork_generation.load(std::memory_order_relaxed)) state = start();
   std::lock_guard<std::mutex> lock(state->turn);
   const void* outer = std::exchange(running_pool, this);
-  Waits* outer_waits = std::exchange(waits, &state->all_waits[0]);
+  Member* outer_self = std::exchange(self, &state->members[0]);
   if (num_threads_ > 1) {
     state->function = function;
     state->argument = argument;
@@ -263,7 +292,7 @@ void ThreadPool::run(void (*function)(void*, int), void* argument) {
   function(argument, 0);
   state->barrier();
   running_pool = outer;
-  waits = outer_waits;
+  self = outer_self;
 }
 
 void ThreadPool::barrier() { state_->barrier(); }
