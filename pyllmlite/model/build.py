@@ -157,7 +157,7 @@ def build(
     quantizer = _make(select("quantizer", config.quantizer, quantizer_needs), quantizer_needs)
 
     weight_bytes = _expected_weight_bytes(source, quantizer, shapes)
-    available = _available_memory()
+    available = available_memory()
     if weight_bytes > available:
         raise CapacityError(
             f"the model does not fit: its weights take {weight_bytes / 1e9:.1f} GB with quantizer "
@@ -320,7 +320,7 @@ def _expected_weight_bytes(
     return min(int(bits / 8), source.weight_bytes) if source.quantized else int(bits / 8)
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes this process may still take: what the machine has free, within its cgroup's limit."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
