@@ -16,6 +16,7 @@ from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
+from pyllmlite.hooks.scheduler import SchedulerContext
 from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
@@ -136,6 +137,7 @@ def build(
 
     # Names first: a typing mistake should not cost the loading of the weights.
     scheduler = _make(select("scheduler", config.scheduler, None))
+    scheduler.setup(SchedulerContext(config.max_num_seqs, batched, options))
     decoder_context = DecoderContext(
         spec.vocab_size,
         max_model_len,
