@@ -57,24 +57,23 @@ def plan(
     from pyllmlite.sizing.devices import find_device
     from pyllmlite.sizing.plan import BATCHES, as_dict, make_plan
     from pyllmlite.sizing.plot import check_plot, draw
-    from pyllmlite.sizing.steptime import GPU
 
     if plot is not None:
         check_plot(plot)
     if gpu is not None and (measure or threads is not None):
         option = "--measure" if measure else "--threads"
         raise ConfigError(f"{option} is about this machine, not about a GPU; leave out --gpu")
-    device = None if gpu is None else find_device(gpu)
     if kv_dtype not in ("f32", "bf16", "int8"):
         raise ConfigError(f"--kv-dtype is f32, bf16 or int8, got {kv_dtype!r}")
     spec, source = open_headers(model)
-    chosen, others = _formats(spec, source, format, on_gpu=device is not None)
-    if device is not None:
-        machine, efficiency = device.machine, GPU
-        where, available = f"{device.name} ({device.source})", MEMORY_SHARE * device.memory_bytes
-    else:
-        machine, efficiency, available = _this_machine(spec, chosen, threads, measure)
-        where = f"this machine ({machine})"
+    if gpu is not None:
+        find_device(gpu)  # a typing mistake is said first
+    if measure:
+        if source is None:
+            raise ConfigError("--measure needs the weights, not a config alone")
+        check_runs_in(source, format)
+    chosen, others = formats_of(spec, source, format, on_gpu=gpu is not None)
+    where, machine, efficiency, available = describe_machine(spec, chosen, gpu, threads, measure)
     made = make_plan(
         spec,
         chosen,
@@ -114,7 +113,18 @@ def open_headers(model: str | None) -> tuple[Any, ModelSource | None]:
     return source.spec, source
 
 
-def _formats(
+def check_runs_in(source: ModelSource, format: str | None) -> None:
+    """``ConfigError`` where the engine would keep the checkpoint's codes whatever is asked."""
+    from pyllmlite.core.errors import ConfigError
+
+    if format in ("bf16", "f32") and source.quantized:
+        raise ConfigError(
+            f"the checkpoint is stored in {source.stored_dtype} codes, which the engine keeps; "
+            f"to run it in {format}, take one that was not quantized"
+        )
+
+
+def formats_of(
     spec: Any, source: ModelSource | None, name: str | None, on_gpu: bool
 ) -> tuple[Weights, list[Weights]]:
     from pyllmlite.core.errors import ConfigError
@@ -137,21 +147,27 @@ def _formats(
     return chosen, list(made.values())
 
 
-def _this_machine(
-    spec: Any, weights: Weights, threads: int | None, measure: bool
-) -> tuple[Any, Any, float]:
+def describe_machine(
+    spec: Any, weights: Weights, gpu: str | None, threads: int | None, measure: bool
+) -> tuple[str, Any, Any, float]:
+    """In words, its peaks, what kernels reach of them, and the bytes that may be used."""
     import os
 
     from pyllmlite.model.build import available_memory
     from pyllmlite.runtime.native import native
     from pyllmlite.sizing import measure_machine
+    from pyllmlite.sizing.devices import find_device
     from pyllmlite.sizing.kernels import measure_kernels
-    from pyllmlite.sizing.steptime import CPU
+    from pyllmlite.sizing.steptime import CPU, GPU
 
+    if gpu is not None:
+        device = find_device(gpu)
+        where = f"{device.name} ({device.source})"
+        return where, device.machine, GPU, MEMORY_SHARE * device.memory_bytes
     pool = native().ThreadPool(threads or len(os.sched_getaffinity(0)))
     machine = measure_machine(pool=pool, seconds=0.5 if measure else 0.15)
     efficiency = measure_kernels(spec, weights, machine, pool) if measure else CPU
-    return machine, efficiency, MEMORY_SHARE * available_memory()
+    return f"this machine ({machine})", machine, efficiency, MEMORY_SHARE * available_memory()
 
 
 def _sweep(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pyllmlite.runtime.cost import OpCost
@@ -146,6 +146,14 @@ class StepModel:
         }
         tokens = sum(new for new, _ in step.sequences)
         return self.seconds(tokens, step.logit_rows, len(step.sequences), keys, seen)
+
+    def cost(self, counts: Sequence[int], contexts: Sequence[int], logit_rows: int) -> float:
+        """Seconds of a step, from each sequence's new tokens and its context after them."""
+        tokens = sum(counts)
+        if self.windows in ((), (0,)) and tokens == len(counts):  # all decode, nothing is windowed
+            keys = {0: sum(contexts)}
+            return self.seconds(tokens, logit_rows, len(counts), keys, keys).seconds
+        return self.step(Step(tuple(zip(counts, contexts, strict=True)), logit_rows)).seconds
 
     def seconds(
         self,
