@@ -65,7 +65,7 @@ def plan(
         raise ConfigError(f"{option} is about this machine, not about a GPU; leave out --gpu")
     if kv_dtype not in ("f32", "bf16", "int8"):
         raise ConfigError(f"--kv-dtype is f32, bf16 or int8, got {kv_dtype!r}")
-    spec, source = open_headers(model)
+    spec, source = open_headers(model, whole=measure)
     if gpu is not None:
         find_device(gpu)  # a typing mistake is said first
     if measure:
@@ -73,7 +73,9 @@ def plan(
             raise ConfigError("--measure needs the weights, not a config alone")
         check_runs_in(source, format)
     chosen, others = formats_of(spec, source, format, on_gpu=gpu is not None)
-    where, machine, efficiency, available = describe_machine(spec, chosen, gpu, threads, measure)
+    where, machine, efficiency, available = describe_machine(
+        spec, chosen, gpu, threads, measure, kv_dtype
+    )
     made = make_plan(
         spec,
         chosen,
@@ -99,11 +101,15 @@ def plan(
     _print(made, measured, price_per_hour is not None)
 
 
-def open_headers(model: str | None) -> tuple[Any, ModelSource | None]:
-    """The spec, and the checkpoint if there is one: a config alone will do."""
+def open_headers(model: str | None, whole: bool = False) -> tuple[Any, ModelSource | None]:
+    """The spec, and the checkpoint if there is one: a config alone will do, and of a model on the
+    hub it is all that is fetched (``whole``: it is fetched entirely)."""
+    from pyllmlite.model.hub import hub_config
     from pyllmlite.model.source import open_model, spec_of_config
 
     path = None if model is None else Path(model)
+    if model is not None and not whole:
+        path = hub_config(model) or path
     if path is not None and path.is_dir() and (path / "config.json").is_file():
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             path = path / "config.json"
@@ -148,7 +154,12 @@ def formats_of(
 
 
 def describe_machine(
-    spec: Any, weights: Weights, gpu: str | None, threads: int | None, measure: bool
+    spec: Any,
+    weights: Weights,
+    gpu: str | None,
+    threads: int | None = None,
+    measure: bool = False,
+    kv_dtype: str = "bf16",
 ) -> tuple[str, Any, Any, float]:
     """In words, its peaks, what kernels reach of them, and the bytes that may be used."""
     import os
@@ -166,7 +177,9 @@ def describe_machine(
         return where, device.machine, GPU, MEMORY_SHARE * device.memory_bytes
     pool = native().ThreadPool(threads or len(os.sched_getaffinity(0)))
     machine = measure_machine(pool=pool, seconds=0.5 if measure else 0.15)
-    efficiency = measure_kernels(spec, weights, machine, pool) if measure else CPU
+    efficiency = CPU
+    if measure:
+        efficiency = measure_kernels(spec, weights, machine, pool, kv_dtype)
     return f"this machine ({machine})", machine, efficiency, MEMORY_SHARE * available_memory()
 
 

@@ -145,7 +145,7 @@ class _Simulated:
 
         self.spec, source = open_headers(model)
         weights, _ = formats_of(self.spec, source, format, on_gpu=gpu is not None)
-        described = describe_machine(self.spec, weights, gpu, None, False)
+        described = describe_machine(self.spec, weights, gpu)
         self.machine, machine, efficiency, memory = described
         ops = planned_ops(self.spec, weights, "bf16")
         self._model = StepModel(ops, machine, efficiency)

@@ -36,7 +36,9 @@ ATTENTION_BATCH = 8
 ATTENTION_CONTEXT = 512
 
 
-def measure_kernels(spec: ModelSpec, weights: Weights, machine: Machine, pool: Any) -> Efficiency:
+def measure_kernels(
+    spec: ModelSpec, weights: Weights, machine: Machine, pool: Any, kv_dtype: str = "bf16"
+) -> Efficiency:
     """The efficiencies of the kernels that a model of this spec would run; takes a few seconds.
 
     Args:
@@ -44,8 +46,8 @@ def measure_kernels(spec: ModelSpec, weights: Weights, machine: Machine, pool: A
         pool: A ``_native.ThreadPool``, the machine's threads.
     """
     curves = linear_curves(weights, pool)
-    decode, prefill = attention_seconds(spec, pool)
-    cost = attention_cost(spec, _kv_dtype(weights.dtype), None)
+    decode, prefill = attention_seconds(spec, pool, kv_dtype)
+    cost = attention_cost(spec, kv_dtype, None)
     read = ATTENTION_BATCH * ATTENTION_CONTEXT * cost.context_bytes
     products = pairs(ATTENTION_CONTEXT, ATTENTION_CONTEXT) * cost.context_macs
     return replace(
@@ -55,10 +57,6 @@ def measure_kernels(spec: ModelSpec, weights: Weights, machine: Machine, pool: A
         attention_macs=products / machine.macs[cost.mac_dtype] / prefill,
         source="this machine's kernels on the model's shapes",
     )
-
-
-def _kv_dtype(dtype: str) -> str:
-    return "f32" if dtype == "f32" else "bf16"
 
 
 def linear_curves(weights: Weights, pool: Any, rows: tuple[int, ...] = ROWS) -> dict[str, Curve]:
@@ -129,6 +127,7 @@ def _time_rows(
 def attention_seconds(
     spec: ModelSpec,
     pool: Any,
+    kv_dtype: str = "bf16",
     batch: int = ATTENTION_BATCH,
     context: int = ATTENTION_CONTEXT,
 ) -> tuple[float, float]:
@@ -142,7 +141,7 @@ def attention_seconds(
     per_token = 4 * 2 * layers * spec.kv_size
     needs = CacheNeeds(
         device="cpu",
-        dtype="bf16",
+        dtype="f32" if kv_dtype == "f32" else "bf16",
         groups=(KVGroup(tuple(range(layers)), None),),
         num_layers=layers,
         num_kv_heads=spec.num_kv_heads,
@@ -151,12 +150,13 @@ def attention_seconds(
         max_rows=batch,
         max_num_batched_tokens=context,
         max_bytes=per_token * length * batch,
+        kv_dtype=kv_dtype,
         prefix_caching=False,
     )
     cache = registry.select("cache", None, needs).cls(needs)
     wanted = AttentionNeeds(
         device="cpu",
-        dtype="bf16",
+        dtype=needs.dtype,
         head_dim=spec.head_dim,
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pyllmlite.core.spec import ModelSpec
@@ -205,7 +205,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "peaks": {
             "bandwidth": plan.machine.dram_bandwidth,
             "macs": plan.machine.macs,
-            "efficiency": plan.efficiency.source,
+            "efficiency": asdict(plan.efficiency),
         },
         "memory_bytes": plan.memory_bytes,
         "weights": {

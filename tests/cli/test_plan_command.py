@@ -25,6 +25,24 @@ def test_plan_of_a_config_without_weights(pyllmlite, model, tmp_path):
     assert "int4 *" in out and "B*" in out and "NVIDIA L4" in out
 
 
+def test_of_a_model_on_the_hub_only_the_config_is_fetched(model, monkeypatch):
+    from pyllmlite.cli.plan import open_headers
+    from pyllmlite.model import hub
+
+    asked = []
+
+    def fetch(name, file, revision):
+        asked.append((name, file))
+        return Path(model) / "config.json"
+
+    monkeypatch.setattr(hub, "_hub_file", fetch)
+    spec, source = open_headers("org/name")
+    assert asked == [("org/name", "config.json")] and source is None
+    assert spec.num_layers == open_headers(model)[0].num_layers
+    for other in (None, "smollm2", model, "./config.json", "org/name/model.gguf"):
+        assert other is None or hub.hub_config(other) is None
+
+
 def test_plan_measures_this_machine(pyllmlite, model):
     asked = ("plan", model, "--context", "24", "-b", "1", "-b", "2", "-b", "3", "--threads", "1")
     told = json.loads(pyllmlite(*asked, "--measure", "--json", check=0).stdout)

@@ -214,7 +214,8 @@ def test_kernels_are_timed_on_the_models_shapes(model, monkeypatch):
         assert {"qkv", "attn_out", "gate_up", "mlp_down"} <= set(curves)
         assert all(s > 0 for curve in curves.values() for _, s in curve)
         assert all([rows for rows, _ in curve] == [1, 3] for curve in curves.values())
-    assert min(attention_seconds(spec, pool, batch=2, context=32)) > 0
+    for kv_dtype in ("f32", "bf16", "int8"):
+        assert min(attention_seconds(spec, pool, kv_dtype, batch=2, context=32)) > 0
 
 
 def test_plot(model, tmp_path):
