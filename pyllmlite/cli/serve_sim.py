@@ -44,6 +44,9 @@ def serve_sim(
     long_prompt: Annotated[
         int | None, typer.Option(min=1, help="One more prompt of so many tokens, on the way.")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Engines that get the requests in turn.")
+    ] = 1,
     gpu: Annotated[str | None, typer.Option(help="A GPU by name, not this machine.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="As plan has them.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 16,
@@ -77,6 +80,10 @@ def serve_sim(
     names = list(dict.fromkeys([*(scheduler or ()), *(() if only else BUILT_IN)]))
     if not names:
         raise ConfigError("--only needs a --scheduler")
+    if replicas > 1 and real:
+        raise ConfigError("--replicas are simulated; --real has one engine")
+    if replicas > requests:
+        raise ConfigError(f"there are {replicas} replicas for {requests} requests")
     options = parse_extra(extra)
     sizes: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
@@ -100,7 +107,7 @@ def serve_sim(
     check_fits(trace + more, where.spec.max_position_embeddings)
     capacity = None
     if load is not None or long_prompt is not None:
-        capacity = where.run("continuous", at_once(trace))
+        capacity = _on_replicas(where, "continuous", at_once(trace), replicas)
     if arrivals != "all":
         wanted = rate if load is None or capacity is None else load * capacity.requests_per_second
         trace = make_trace(
@@ -109,7 +116,7 @@ def serve_sim(
     if capacity is not None:
         trace += [replace(one, time=capacity.makespan / 4) for one in more]
     started = time.perf_counter()
-    rows = [where.run(name, trace) for name in names]
+    rows = [_on_replicas(where, name, trace, replicas) for name in names]
     seconds = time.perf_counter() - started
     unread = [name for name in options if name not in where.read]
     if unread:
@@ -126,6 +133,15 @@ def serve_sim(
         )
         return
     _print(rows, where.machine, None if real else requests * len(rows) / seconds)
+
+
+def _on_replicas(
+    where: _Simulated | _Real, name: str, trace: list[Arrival], replicas: int
+) -> Replay:
+    from pyllmlite.engine.simulate import together
+
+    parts = [where.run(name, trace[i::replicas]) for i in range(replicas)]
+    return parts[0] if replicas == 1 else together(parts)
 
 
 class _Simulated:

@@ -202,6 +202,33 @@ class Replay:
         }
 
 
+def together(parts: Seq[Replay]) -> Replay:
+    """Replicas as one: sums, all requests' times, the longest makespan; usual step and fairness are
+    means."""
+
+    def joined(name: str) -> list[float]:
+        return [value for part in parts for value in getattr(part, name)]
+
+    def total(name: str) -> int:
+        return sum(getattr(part, name) for part in parts)
+
+    return Replay(
+        scheduler=parts[0].scheduler,
+        requests=total("requests"),
+        makespan=max(part.makespan for part in parts),
+        output_tokens=total("output_tokens"),
+        prefill_tokens=total("prefill_tokens"),
+        steps=total("steps"),
+        preemptions=total("preemptions"),
+        usual_step=statistics.fmean(part.usual_step for part in parts),
+        ttft=joined("ttft"),
+        latency=joined("latency"),
+        tpot=joined("tpot"),
+        gaps=joined("gaps"),
+        jain=statistics.fmean(part.jain for part in parts),
+    )
+
+
 def _quantiles(values: list[float]) -> dict[str, float | None]:
     if not values:
         return {"p50": None, "p99": None, "max": None}

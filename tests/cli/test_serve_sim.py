@@ -27,6 +27,14 @@ def test_the_same_trace_gives_the_same_figures(pyllmlite, model):
     assert one["results"] == other["results"]
 
 
+def test_replicas_share_the_requests(pyllmlite, model):
+    more = ("--gpu", "l4", "-s", "continuous", "--only", "--json")
+    (one,) = json.loads(sim(pyllmlite, model, *more).stdout)["results"]
+    (many,) = json.loads(sim(pyllmlite, model, *more, "--replicas", "4").stdout)["results"]
+    assert many["requests"] == one["requests"] == 12
+    assert many["makespan"] <= one["makespan"]
+
+
 def test_real_time(pyllmlite, model):
     more = ("--real", "-s", "continuous", "--only", "--max-num-seqs", "4", "--json")
     (row,) = json.loads(sim(pyllmlite, model, *more).stdout)["results"]
@@ -50,6 +58,7 @@ def test_table(pyllmlite, model):
         (["--gpu", "l4", "--extra", "chunk=3"], ["chunk"]),
         (["--gpu", "l4", "--real"], ["--gpu"]),
         (["--gpu", "l4", "--long-prompt", "100000"], ["100001", "max_model_len"]),
+        (["--replicas", "65"], ["65", "64"]),
         (["--output-lengths", "many"], ["fixed:N"]),
     ],
 )

@@ -14,6 +14,7 @@ from pyllmlite.engine.simulate import (
     jain_index,
     replay,
     simulated_engine,
+    together,
 )
 from pyllmlite.engine.trace import Arrival, arrival_times, at_once, lengths, make_trace
 from pyllmlite.hooks.scheduler import Scheduler
@@ -136,6 +137,16 @@ def test_a_scheduler_given_as_a_class():
     found = play([Arrival(0.0, (1,), 4)] * 5, OneByOne)
     assert found.scheduler == "one-by-one"
     assert found.makespan == pytest.approx(5 * 4 * 10e-3)
+
+
+def test_replicas_as_one():
+    trace = [Arrival(0.0, (1,) * 8, 3 + i) for i in range(4)]
+    parts = [play(trace[i::2]) for i in range(2)]
+    whole = together(parts)
+    assert whole.requests == 4 and whole.output_tokens == 3 + 4 + 5 + 6
+    assert whole.makespan == max(part.makespan for part in parts)
+    assert sorted(whole.latency) == sorted(parts[0].latency + parts[1].latency)
+    assert whole.steps == parts[0].steps + parts[1].steps
 
 
 def test_a_trace_that_does_not_fit():
