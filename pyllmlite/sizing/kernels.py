@@ -32,6 +32,7 @@ ROWS = (1, 2, 8, 24, 96, 512)
 MIN_BYTES = 64 << 20
 MAX_COPIES = 64
 SECONDS = 0.15  # for each number of rows
+RESIDUAL = ("attn_out", "mlp_down")  # kinds whose result is added to the residual stream
 ATTENTION_BATCH = 8
 ATTENTION_CONTEXT = 512
 
@@ -96,6 +97,11 @@ def _time_rows(
             assert matrix.allocate is not None
             n, k = matrix.shape.out_features, matrix.shape.in_features
             arguments = matrix.allocate().op_arguments()
+            if matrix.shape.kind in RESIDUAL:
+                arguments["residual"] = True
+            else:  # what comes out of the residual stream is normed inside the op
+                norm = native().NormArgs("rms", 1e-5, np.ones(k, np.float32), None)
+                arguments["norm"] = norm
             if matrix.shape.gated:
                 arguments |= {"gated": True, "activation": "silu"}
                 n //= 2
