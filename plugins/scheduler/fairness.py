@@ -45,19 +45,26 @@ class TokenCounters:
         self._active = clients
 
     def charge(self, seq: Sequence, tokens: int) -> None:
-        """``tokens`` of the sequence were put into a step."""
+        """``tokens`` of the sequence were put into a step.  What it computes again because it was
+        preempted is not its client's doing."""
+        if seq.preemptions and seq.num_uncomputed > 1:
+            return
         weight = OUTPUT_WEIGHT if seq.num_uncomputed == 1 else PROMPT_WEIGHT
         client = seq.request.client
         self._served[client] = self._served.get(client, 0.0) + weight * tokens
 
     def order(self, waiting: list[Sequence]) -> Iterator[Sequence]:
-        """By priority; within one the client served least, in its own order of arrival.  Charges
-        in between count."""
+        """By priority; within one those that were preempted, whose turn it was already, then the
+        client served least, in its own order of arrival.  Charges in between count."""
         levels = sorted({s.request.priority for s in waiting})
         for level in levels:
             queues: dict[str, deque[Sequence]] = {}
             for seq in waiting:
-                if seq.request.priority == level:
+                if seq.request.priority != level:
+                    continue
+                if seq.preemptions:
+                    yield seq
+                else:
                     queues.setdefault(seq.request.client, deque()).append(seq)
             while queues:
                 client = min(queues, key=lambda c: self._served.get(c, 0.0))

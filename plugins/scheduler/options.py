@@ -25,6 +25,17 @@ def seconds(context: SchedulerContext, name: str, default: float) -> float:
     return float(value)
 
 
+def factor(context: SchedulerContext, name: str) -> float | None:
+    """A number above 1, or None where nothing was asked."""
+    value = context.extra.get(name)
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 1 < value < float("inf"):
+        raise ConfigError(f"{name} must be a number above 1, got {value!r}")
+    return float(value)
+
+
 def flag(context: SchedulerContext, name: str, default: bool) -> bool:
     value = context.extra.get(name, default)
     if not isinstance(value, bool):

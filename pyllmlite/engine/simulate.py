@@ -300,7 +300,7 @@ def replay(
     now: Callable[[], float] = clock or time.monotonic
     begin = now()
     coming = sorted(enumerate(trace), key=lambda pair: pair[1].time)
-    arrived = position = 0
+    position = 0
     step = engine._step
     states: dict[str, Any] = {}
     last: dict[str, float] = {}
@@ -322,7 +322,6 @@ def replay(
             states[str(index)] = state
             engine.submit(state)
             position += 1
-            arrived += 1
         if not engine.has_unfinished:
             _wait(clock, begin + coming[position][1].time)
             continue

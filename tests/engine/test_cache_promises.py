@@ -130,5 +130,5 @@ def test_chunks_bounded_while_others_decode_change_no_token(plain):
     asked = params(25, temperature=0.8, seed=1)
     options = {"max_model_len": 192, "max_num_seqs": 4}
     wanted, _, _ = run(load(plain, **options), prompts, asked)
-    extra = {"max_prefill_tokens_per_step": 5}
-    assert run(load(plain, extra=extra, **options), prompts, asked)[0] == wanted
+    for extra in ({"max_prefill_tokens_per_step": 5}, {"max_decode_slowdown": 1.5}):
+        assert run(load(plain, extra=extra, **options), prompts, asked)[0] == wanted

@@ -187,6 +187,8 @@ def test_chunked_prefill_bounds_the_gap_between_two_tokens():
     assert max(whole.gaps) > 20 * whole.usual_step
     chunked = play(trace, cost=cost, extra={"max_prefill_tokens_per_step": 32})
     assert max(chunked.gaps) < 3 * chunked.usual_step
+    paced = play(trace, cost=cost, extra={"max_decode_slowdown": 2.5})
+    assert max(paced.gaps) < 3 * paced.usual_step
 
 
 def test_a_shared_prefix_is_computed_once():

@@ -99,6 +99,11 @@ class TestContinuousChunked(SchedulerConformance):
     options = {"max_prefill_tokens_per_step": 5}
 
 
+class TestContinuousPaced(SchedulerConformance):
+    strategy = Continuous
+    options = {"max_decode_slowdown": 1.5}
+
+
 class TestContinuousUnfair(SchedulerConformance):
     strategy = Continuous
     options = {"fair_clients": False}

@@ -106,6 +106,8 @@ def test_static_fills_its_batch_over_several_steps():
     [
         (Continuous, {"max_prefill_tokens_per_step": 0}, "at least 1, got 0"),
         (Continuous, {"max_prefill_tokens_per_step": True}, "got True"),
+        (Continuous, {"max_decode_slowdown": 1}, "above 1, got 1"),
+        (Continuous, {"max_decode_slowdown": "2"}, "above 1"),
         (Continuous, {"fair_clients": 1}, "true or false"),
         (Dynamic, {"batch_size": 2.5}, "batch_size .* got 2.5"),
         (Dynamic, {"batch_window": -1}, "0 or more"),
@@ -141,6 +143,46 @@ def test_a_prompt_takes_no_token_that_a_decode_needs():
     for _ in range(4):
         report = ids(engine.step())
         assert {(0, 1), (1, 1)} < set(report) and (2, 2) in report
+
+
+def test_a_chunk_follows_what_the_clock_says():
+    """A token takes 1 ms, a step 10 ms: twice the usual time is the usual step's tokens + 10."""
+    engine = SimulatedEngine(
+        Continuous(),
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        num_blocks=400,
+        token_time=1e-3,
+        options={"max_decode_slowdown": 2.0},
+    )
+    for _ in range(4):
+        engine.add(4, 300)
+    for _ in range(10):
+        engine.step()
+    engine.add(2000, 1)
+    chunks, before = [], engine.now
+    while engine.waiting or any(s.num_uncomputed > 1 for s in engine.running):
+        report = engine.step()
+        chunks.append(dict(ids(report)).get(4, 0))
+        assert engine.now - before <= 2.3 * 14e-3
+        before = engine.now
+    assert max(chunks[2:]) <= 14 and min(chunks[2:-1]) >= 13
+
+
+def test_a_chunk_grows_where_tokens_cost_nothing():
+    engine = SimulatedEngine(
+        Continuous(),
+        max_num_batched_tokens=512,
+        num_blocks=400,
+        token_time=0.0,
+        options={"max_decode_slowdown": 2.0},
+    )
+    engine.add(4, 300)
+    for _ in range(10):
+        engine.step()
+    engine.add(1500, 1)
+    chunks = [dict(ids(engine.step())).get(1, 0) for _ in range(7)]
+    assert chunks == [16, 32, 64, 128, 256, 511, 493]
 
 
 # -- continuous: clients -----------------------------------------------------------------------
