@@ -68,6 +68,10 @@ def plan(
     spec, source = open_headers(model, whole=measure)
     if gpu is not None:
         find_device(gpu)  # a typing mistake is said first
+    if context > spec.max_position_embeddings:
+        raise ConfigError(
+            f"--context {context} is more than the model's {spec.max_position_embeddings} positions"
+        )
     if measure:
         if source is None:
             raise ConfigError("--measure needs the weights, not a config alone")
@@ -193,7 +197,8 @@ def _sweep(
 
     sizes = [b for b in batches or SWEEP if b <= max(1, plan.max_sequences)]
     steps = min(32, max(2, plan.context // 4))
-    prompt = max(1, plan.context - steps // 2)
+    longest = plan.spec.max_position_embeddings - steps - 1
+    prompt = max(1, min(plan.context - steps // 2, longest))
     engine: dict[str, Any] = {**plan.weights.options, "kv_cache_dtype": plan.kv.dtype}
     engine |= {"max_num_seqs": max(sizes), "max_model_len": prompt + steps + 1}
     engine |= {"enable_prefix_caching": False}

@@ -58,6 +58,7 @@ def test_plan_measures_this_machine(pyllmlite, model):
         (["--gpu", "h100", "--measure"], ["--measure", "this machine"]),
         (["--format", "int5"], ["int4", "int5"]),
         (["--kv-dtype", "fp8"], ["int8", "fp8"]),
+        (["--context", "100000"], ["100000", "positions"]),
         (["--plot", "a.txt"], [".png"]),
     ],
 )
