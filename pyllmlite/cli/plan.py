@@ -31,7 +31,9 @@ def plan(
         str | None,
         typer.Option("--format", help="stored, f32, bf16, int8, int4, nf4.", show_default="stored"),
     ] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 1024,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each sequence.", show_default="1024")
+    ] = None,
     kv_dtype: Annotated[str, typer.Option(help="f32, bf16 or int8.")] = "bf16",
     memory: Annotated[
         str | None,
@@ -68,6 +70,8 @@ def plan(
     spec, source = open_headers(model, whole=measure)
     if gpu is not None:
         find_device(gpu)  # a typing mistake is said first
+    if context is None:
+        context = min(1024, spec.max_position_embeddings)
     if context > spec.max_position_embeddings:
         raise ConfigError(
             f"--context {context} is more than the model's {spec.max_position_embeddings} positions"
