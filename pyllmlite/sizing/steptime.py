@@ -50,18 +50,19 @@ class Efficiency:
     source: str = ""
 
 
-# benchmarks/bench_linear.py and bench_attention.py with two threads of a Zen 4 (docs/plan.md), and
-# bench overhead; shares of one machine's peaks carry over to others of its kind roughly.
+# Two threads of a Zen 4: reading weights at one row, int8 products at 512 rows, prefill attention at
+# 512 tokens, bench overhead.  The other shares are estimates; all of them carry over to other CPUs
+# roughly, which is why --measure times the kernels.
 CPU = Efficiency(
     linear_bandwidth=0.85,
     linear_macs={"int8": 0.5, "bf16": 0.7, "f32": 0.7},
     attention_bandwidth=0.7,
-    attention_macs=0.25,
+    attention_macs=0.65,
     activation_bandwidth=2.0,
     op_seconds=1.5e-6,
     step_seconds=10e-6,
     sequence_seconds=1.5e-6,
-    source="kernels measured on a Zen 4, two threads",
+    source="typical shares of a CPU (--measure times this machine's kernels)",
 )
 # Decode kernels that are well tuned read at 0.8 to 0.9 of the bandwidth (FlashInfer reports 0.88,
 # Marlin nearly the full ratio of the bytes), matrix products of thousands of rows reach 0.6 to 0.75
