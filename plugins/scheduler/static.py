@@ -15,6 +15,7 @@ class Static(Scheduler):
 
     name = "static"
     priority = 10
+    largest: int | None = None  # sequences of a batch; None: as many as there are rows
 
     def __init__(self) -> None:
         self._filling = True
@@ -26,6 +27,8 @@ class Static(Scheduler):
             waiting = list(step.waiting)
             if not run_all(step, [s for s in step.running if s.num_uncomputed > 1]):
                 for seq in waiting:
+                    if self.largest is not None and len(step.running) >= self.largest:
+                        break
                     step.run(seq)
             # If this step's tokens did not suffice for everybody, the next one goes on.
             self._filling = step.budget < before

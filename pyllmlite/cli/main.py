@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from pyllmlite.cli import bench, eval, explain, generate, info, new_plugin, pull, quantize
+from pyllmlite.cli import (
+    bench,
+    eval,
+    explain,
+    generate,
+    info,
+    new_plugin,
+    plan,
+    pull,
+    quantize,
+    serve_sim,
+)
 
 app = typer.Typer(
     name="pyllmlite",
@@ -26,6 +37,8 @@ app.command()(info.plugins)
 app.command()(explain.explain)
 app.command()(quantize.quantize)
 app.command("eval")(eval.evaluate)
+app.command()(plan.plan)
+bench.app.command("serve-sim")(serve_sim.serve_sim)
 app.add_typer(bench.app, name="bench")
 app.command("new-plugin")(new_plugin.new_plugin)
 

@@ -318,9 +318,9 @@ def _config(choice: Choice, threads: int | None, **sizes: Any) -> EngineConfig:
 
 
 def _free_memory() -> int:
-    from pyllmlite.model.build import _available_memory
+    from pyllmlite.model.build import available_memory
 
-    return _available_memory()
+    return available_memory()
 
 
 def _row(label: str, built: Built, source: ModelSource, score: Score) -> Row:

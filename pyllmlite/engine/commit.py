@@ -10,6 +10,8 @@ from pyllmlite.engine.failure import failure
 from pyllmlite.engine.results import Result
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyllmlite.engine.actions import SequenceActions
     from pyllmlite.engine.results import Logprobs
     from pyllmlite.engine.schedule import Step
@@ -26,8 +28,14 @@ class Committer:
     """The second half of the transaction."""
 
     def __init__(
-        self, batch: Any, cache: KVCache, actions: SequenceActions, logprobs: Logprobs
+        self,
+        batch: Any,
+        cache: KVCache,
+        actions: SequenceActions,
+        logprobs: Logprobs,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._batch = batch
         self._cache = cache
         self._actions = actions
@@ -73,11 +81,10 @@ class Committer:
         self._check_progress(idle)
         actions.flush()
 
-    @staticmethod
-    def _note_first_token(seq: Sequence) -> None:
+    def _note_first_token(self, seq: Sequence) -> None:
         request = seq.request
         if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
+            request.first_token_time = self._clock()
 
     def _commit_special(
         self, seq: Sequence, state: SequenceState, end: int, first: int, behind: int

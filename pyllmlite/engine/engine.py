@@ -18,6 +18,8 @@ from pyllmlite.engine.results import Logprobs
 from pyllmlite.engine.schedule import Step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyllmlite.core.request import RequestOutput, Sequence
     from pyllmlite.core.sampling import SamplingParams
     from pyllmlite.engine.state import RequestState
@@ -35,9 +37,11 @@ class Engine:
 
     Args:
         built: What ``pyllmlite.model.build.build`` returns.
+        clock: Seconds; a simulation turns its own.
     """
 
-    def __init__(self, built: Any) -> None:
+    def __init__(self, built: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.built = built
         self.scheduler = built.scheduler
         self.program = built.program
@@ -58,7 +62,7 @@ class Engine:
         )
         self._admission = Admission(built, self.actions, config.max_logprobs, config.seed)
         self._planner = Planner(built.batch, built.cache, built.spec.vocab_size)
-        self._committer = Committer(built.batch, built.cache, self.actions, logprobs)
+        self._committer = Committer(built.batch, built.cache, self.actions, logprobs, clock)
         self._step = Step(
             self.pool, built.max_num_batched_tokens, built.max_logit_rows, self._start
         )
@@ -67,7 +71,7 @@ class Engine:
     def step(self) -> list[RequestState]:
         """Run one step.  Returns the requests that ended, and those that stream and got tokens."""
         step = self._step
-        step.begin(time.monotonic())
+        step.begin(self._clock())
         special = self._special > 0
         try:
             if special:
@@ -143,7 +147,7 @@ class Engine:
         """How long nothing will happen without an arrival; 0: step at once."""
         if not self._empty_steps:
             return 0.0
-        now = time.monotonic()
+        now = self._clock()
         try:
             event = self._next_event(now)
         except Exception:  # the next empty step says so
@@ -174,7 +178,7 @@ class Engine:
     def _note_change(self, state: RequestState) -> None:
         request = state.request
         if state.live == 0 and request.finish_time is None:
-            request.finish_time = time.monotonic()
+            request.finish_time = self._clock()
             if self.requests.pop(request.id, None) is not None:
                 self._special -= state.special
         self._changed[request.id] = state

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pyllmlite.hooks.strategy import Strategy
 
@@ -45,10 +46,29 @@ class ScheduleStep(Protocol):
         """After ``run`` gave 0: it was the cache that had no room."""
 
 
+@dataclass(frozen=True)
+class SchedulerContext:
+    """What a scheduler may know of the engine it works in.
+
+    Attributes:
+        max_num_seqs: Sequences that run at once.
+        max_num_batched_tokens: Tokens of one step.
+        extra: Options of strategies, by their names (``LLM(extra=...)``, ``--extra name=value``).
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
 class Scheduler(Strategy):
     """Called once a step; keeps no sequences of its own (``step`` has them all)."""
 
     contract = "scheduler"
+
+    def setup(self, context: SchedulerContext) -> None:
+        """Called once, before the first step.  ``ConfigError``: an option's value cannot work."""
+        return None
 
     @abstractmethod
     def schedule(self, step: ScheduleStep) -> None:

@@ -16,6 +16,7 @@ from pyllmlite.hooks.cache import CacheNeeds, KVGroup
 from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
+from pyllmlite.hooks.scheduler import SchedulerContext
 from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
@@ -136,6 +137,7 @@ def build(
 
     # Names first: a typing mistake should not cost the loading of the weights.
     scheduler = _make(select("scheduler", config.scheduler, None))
+    scheduler.setup(SchedulerContext(config.max_num_seqs, batched, options))
     decoder_context = DecoderContext(
         spec.vocab_size,
         max_model_len,
@@ -157,7 +159,7 @@ def build(
     quantizer = _make(select("quantizer", config.quantizer, quantizer_needs), quantizer_needs)
 
     weight_bytes = _expected_weight_bytes(source, quantizer, shapes)
-    available = _available_memory()
+    available = available_memory()
     if weight_bytes > available:
         raise CapacityError(
             f"the model does not fit: its weights take {weight_bytes / 1e9:.1f} GB with quantizer "
@@ -320,7 +322,7 @@ def _expected_weight_bytes(
     return min(int(bits / 8), source.weight_bytes) if source.quantized else int(bits / 8)
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes this process may still take: what the machine has free, within its cgroup's limit."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

@@ -127,6 +127,18 @@ def resolve(
     )
 
 
+def hub_config(name: str, revision: str | None = None) -> Path | None:
+    """The ``config.json`` of a hub id, fetched without its weights; None: the name is a path, an
+    alias, a GGUF, or nothing that the hub could have."""
+    path = Path(name).expanduser()
+    local = path.exists() or path.is_absolute() or name.startswith((".", "/", "~"))
+    if local or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        return None
+    if name.lower() in ALIASES or name.lower() in SHORT:
+        return None
+    return _hub_file(name, "config.json", revision)
+
+
 # The hub
 
 

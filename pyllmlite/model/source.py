@@ -338,6 +338,19 @@ def _object(path: Path) -> dict[str, Any]:
     return parsed
 
 
+def spec_of_config(path: str | Path) -> ModelSpec:
+    """The spec that a ``config.json`` alone describes; embeddings are tied if it says so."""
+    path = Path(path)
+    config = _object(path)
+    architecture = find_architecture(str(config.get("model_type")))
+    try:
+        return architecture.spec(Config(config))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ModelError(f"{path}: the config cannot be understood ({error})") from error
+
+
 def open_model(
     name_or_path: str | os.PathLike[str] | None = None,
     progress: bool = True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -359,3 +359,98 @@ def _check(quantizer: Quantizer, shape: LinearShape, made: LinearWeight, rows: i
             f"quantizer {quantizer.name!r} returned codes of shape {list(made.shape)} for "
             f"{shape.name}, which is {[rows, shape.in_features]}"
         )
+
+
+@dataclass(frozen=True)
+class ExpectedMatrix:
+    """What a matrix will be once it is packed.  ``label``: what its op multiplies; ``nbytes``:
+    exact for a quantizer that works row by row, else from its ``bits_per_weight``; ``allocate``:
+    makes it, of zeros, where the layout is known."""
+
+    shape: LinearShape
+    nbytes: int
+    mac_dtype: str
+    label: str
+    allocate: Callable[[], PackedMatrix] | None = None
+
+    @property
+    def weights(self) -> int:
+        return self.shape.out_features * self.shape.in_features
+
+
+def expected_matrix(
+    source: ModelSource | None, plan: MatrixPlan, quantizer: Quantizer
+) -> tuple[ExpectedMatrix, ...]:
+    """The packed matrix that :func:`load_matrix` would make, or its parts, without reading weights.
+
+    Args:
+        source: For matrices whose stored codes are kept; None: all are quantized from floats.
+    """
+    shape = plan.shape
+    stored = None if source is None else _stored_layouts(source, plan, quantizer)
+    if stored is not None:
+        layout = common_layout(stored)
+        if layout is not None:
+            return (_expected(shape, layout, quantizer),)
+        parts = [
+            replace(shape, name=part.name, out_features=part.rows, gated=False)
+            for part in plan.parts
+        ]
+        return tuple(
+            _expected(alone, _sample(alone, quantizer) if own is None else own, quantizer)
+            for alone, own in zip(parts, stored, strict=True)
+        )
+    return (_expected(shape, _sample(shape, quantizer), quantizer),)
+
+
+def _sample(shape: LinearShape, quantizer: Quantizer) -> LinearWeight | None:
+    """One panel of the matrix, quantized; None where the method needs the whole of it."""
+    if not quantizer.rowwise or quantizer.needs_calibration:
+        return None
+    rows = 2 * GATE_BLOCK if shape.gated else GATE_BLOCK
+    ramp = np.linspace(-1, 1, shape.in_features, dtype=np.float32)
+    try:
+        return quantizer.quantize(shape, np.tile(ramp, (rows, 1)))
+    except Exception:  # it may insist on the whole matrix all the same
+        return None
+
+
+def _expected(
+    shape: LinearShape, layout: LinearWeight | None, quantizer: Quantizer
+) -> ExpectedMatrix:
+    if layout is None:
+        bits = quantizer.bits_per_weight(shape)
+        nbytes = int(shape.out_features * shape.in_features * bits / 8)
+        return ExpectedMatrix(shape, nbytes, "int8" if bits < 12 else "bf16", f"{bits:.2f} bits")
+    rows = 2 * GATE_BLOCK if shape.gated else GATE_BLOCK
+    panel = _empty(replace(shape, out_features=rows), layout, quantizer)
+    panels = -(-shape.out_features // rows)
+    return ExpectedMatrix(
+        shape,
+        panels * panel.nbytes,
+        panel.mac_dtype,
+        panel.label,
+        lambda: _allocate(shape, layout, quantizer),
+    )
+
+
+def _allocate(shape: LinearShape, layout: LinearWeight, quantizer: Quantizer) -> PackedMatrix:
+    """The whole matrix with codes of zero, written, so that its pages are its own."""
+    made = _empty(shape, layout, quantizer)
+    groups = -(-shape.in_features // layout.group_size) if layout.group_size else 1
+    step = max(2 * GATE_BLOCK, CHUNK_ELEMENTS // shape.in_features // 32 * 32)
+    for first in range(0, shape.out_features, step):
+        count = min(step, shape.out_features - first)
+
+        def ones(like: np.ndarray | None, count: int = count) -> np.ndarray | None:
+            return None if like is None else np.ones((count, groups), like.dtype)
+
+        rows = replace(
+            layout,
+            values=np.zeros((count, shape.in_features), layout.values.dtype),
+            scales=ones(layout.scales),
+            mins=ones(layout.mins),
+            zero_points=ones(layout.zero_points),
+        )
+        _put(made, first, rows)
+    return made

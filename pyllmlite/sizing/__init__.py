@@ -1,4 +1,4 @@
-"""How fast a model can be on a machine: measured peaks, and the roofline drawn from them."""
+"""What a model takes and how fast it can be: measured peaks, the roofline, and plans."""
 
 from pyllmlite.sizing.machine import Machine, dram_bandwidth, last_level_cache, measure_machine
 from pyllmlite.sizing.roofline import Limit, Step, Work, decode, limit, prefill, work

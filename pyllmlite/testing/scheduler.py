@@ -11,15 +11,16 @@ from pyllmlite.testing.simulated import SimulatedEngine
 
 
 class SchedulerConformance(Conformance):
-    """``strategy``: the scheduler's class."""
+    """``strategy``: the scheduler's class; ``options``: the ``extra`` it is set up with."""
 
     contract = "scheduler"
+    options: dict[str, Any] = {}
 
     def make(self) -> Any:
         return self.strategy()
 
     def engine(self, **sizes: Any) -> SimulatedEngine:
-        return SimulatedEngine(self.make(), **sizes)
+        return SimulatedEngine(self.make(), options=self.options, **sizes)
 
     def test_empty_step(self) -> None:
         engine = self.engine()

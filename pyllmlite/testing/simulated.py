@@ -12,6 +12,7 @@ from typing import Any
 
 from pyllmlite.core.request import Request, Sequence, Status
 from pyllmlite.core.sampling import SamplingParams
+from pyllmlite.hooks.scheduler import SchedulerContext
 
 
 @dataclass
@@ -46,8 +47,11 @@ class SimulatedEngine:
         block_size: int = 16,
         step_time: float = 0.01,
         token_time: float = 0.0001,
+        options: dict[str, Any] | None = None,
     ) -> None:
+        """``options``: the scheduler's ``extra``; it is set up with them and the sizes."""
         self.scheduler = scheduler
+        scheduler.setup(SchedulerContext(max_num_seqs, max_num_batched_tokens, dict(options or {})))
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_blocks = num_blocks

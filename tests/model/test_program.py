@@ -76,6 +76,6 @@ def test_a_model_or_cache_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     path = TINY["llama"](tmp_path)
     with pytest.raises(CapacityError, match="kv_cache_memory does not fit"):
         build_tiny(path, kv_cache_memory="900TB")
-    monkeypatch.setattr("pyllmlite.model.build._available_memory", lambda: 1000)
+    monkeypatch.setattr("pyllmlite.model.build.available_memory", lambda: 1000)
     with pytest.raises(CapacityError, match="the model does not fit"):
         build_tiny(path)

@@ -18,6 +18,7 @@ from pyllmlite_plugins.quantizer.nf4 import NormalFloat4
 from pyllmlite_plugins.quantizer.none import Unquantized
 from pyllmlite_plugins.quantizer.rtn import RoundToNearest
 from pyllmlite_plugins.scheduler.continuous import Continuous
+from pyllmlite_plugins.scheduler.dynamic import Dynamic
 from pyllmlite_plugins.scheduler.static import Static
 
 
@@ -91,3 +92,27 @@ class TestStatic(SchedulerConformance):
 
 class TestSample(DecoderConformance):
     strategy = Sample
+
+
+class TestContinuousChunked(SchedulerConformance):
+    strategy = Continuous
+    options = {"max_prefill_tokens_per_step": 5}
+
+
+class TestContinuousPaced(SchedulerConformance):
+    strategy = Continuous
+    options = {"max_decode_slowdown": 1.5}
+
+
+class TestContinuousUnfair(SchedulerConformance):
+    strategy = Continuous
+    options = {"fair_clients": False}
+
+
+class TestDynamic(SchedulerConformance):
+    strategy = Dynamic
+
+
+class TestDynamicSmallBatches(SchedulerConformance):
+    strategy = Dynamic
+    options = {"batch_size": 2, "batch_window": 1.5}

@@ -91,7 +91,7 @@ SMALL = {"plain": 2 * 16 * 4096, "window": 2 * 16 * 4096, "both": 4 * 16 * 4096}
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("scheduler", ["continuous", "static"])
+@pytest.mark.parametrize("scheduler", ["continuous", "static", "dynamic"])
 @pytest.mark.parametrize(
     "options",
     [
