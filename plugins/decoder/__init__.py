@@ -1,9 +1,10 @@
 """Built-in decoding: selectors, proposers, constraints."""
 
 from pyllmlite import hookimpl
+from pyllmlite_plugins.decoder.prompt_lookup import PromptLookup
 from pyllmlite_plugins.decoder.sample import Sample
 
 
 @hookimpl
 def pyllmlite_decoders():
-    return [Sample]
+    return [Sample, PromptLookup]

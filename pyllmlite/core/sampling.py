@@ -41,6 +41,7 @@ class SamplingParams:
         detokenize: Turn tokens into text; without, ``text`` is empty and no stop
             strings can be given.
         decoder: Name of the decoder; None: the engine's.
+        proposer: Name of what proposes draft tokens; None: the engine's; ``"none"``: nothing.
         extra_args: For decoders and plugins; unknown names are refused by none.
     """
 
@@ -66,6 +67,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     decoder: str | None = None
+    proposer: str | None = None
     extra_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,8 @@ from pyllmlite.engine.prompts import check_prompt, parse_prompt
 from pyllmlite.engine.state import RequestState, SequenceState, mix_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyllmlite.engine.actions import SequenceActions
     from pyllmlite.hooks.decoder import Constraint
 
@@ -58,13 +60,20 @@ class Admission:
         self._check_params(params)
         decoder = built.decoder
         if params.decoder is not None and params.decoder != decoder.name:
-            decoder = self._named_decoder(params.decoder)
+            decoder = self._named(params.decoder, built.decoders)
+        proposer = built.proposer
+        if params.proposer == "none":
+            proposer = None
+        elif params.proposer is not None and (
+            proposer is None or params.proposer != proposer.name
+        ):
+            proposer = self._named(params.proposer, built.proposers)
         request = Request(request_id, ids, params, prompt=text, priority=priority, client=client)
         seed = params.seed if params.seed is not None else mix_seed(self._seed, self._count)
         state = RequestState(
             request,
             decoder,
-            built.proposer,
+            proposer,
             [c for c in built.constraints if _applies(c, params)],
             seed,
             min(built.max_model_len, self._cache_len),
@@ -75,9 +84,10 @@ class Admission:
         self._count += 1
         return state
 
-    def _named_decoder(self, name: str) -> Any:
+    @staticmethod
+    def _named(name: str, strategies: Callable[[str], Any]) -> Any:
         try:
-            return self._built.decoders(name)
+            return strategies(name)
         except PyllmliteError as error:
             raise RequestError(str(error)) from None
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
-    """Ask for draft tokens for every decoding sequence whose request has a proposer."""
+    """Ask for draft tokens for every decoding sequence whose request has a proposer.  Together
+    they leave a row of logits and a token of the step to everybody, and to one who starts."""
+    spare = min(step.max_logit_rows, step.max_tokens) - len(pool.running) - 1
     for seq in pool.running:
         state = seq.output.request
         seq.draft_ids = []
@@ -30,7 +32,7 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
             continue
         if state.unborn or state.scoring:
             continue  # the last token of a prompt, which has more to do than to choose one
-        room = state.limit - len(seq.token_ids) - 1  # the last token is never a draft
+        room = min(spare, state.limit - len(seq.token_ids) - 1)  # the last one is never a draft
         if room <= 0:
             continue
         try:
@@ -41,6 +43,7 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
             continue
         bad = next((i for i, token in enumerate(drafts) if not 0 <= token < vocab_size), None)
         seq.draft_ids = drafts[:bad]
+        spare -= len(seq.draft_ids)
 
 
 class Planner:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyllmlite.hooks.strategy import Strategy
@@ -24,6 +25,7 @@ class DecoderContext:
     eos_token_ids: tuple[int, ...]
     tokenizer: Any = None
     max_logprobs: int = 20  # most that ``sampling`` may ask for as ``num_logprobs``
+    extra: Mapping[str, Any] = field(default_factory=dict)  # options of strategies, by name
 
 
 class StepPlan(Protocol):

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.config import EngineConfig
@@ -53,6 +53,7 @@ class Built:
     proposer: Proposer | None
     constraints: list[Any]
     decoders: Callable[[str], Decoder]
+    proposers: Callable[[str], Proposer]
     tokenizer: Any
     max_model_len: int
     max_num_seqs: int
@@ -142,6 +143,7 @@ def build(
         spec.eos_token_ids,
         None if config.skip_tokenizer_init else _tokenizer(source, config),
         config.max_logprobs,
+        options,
     )
     decoder_class = select("decoder", config.decoder, None)
     proposer_class = (
@@ -220,12 +222,15 @@ def build(
         config.max_logprobs,
         [(cache.block_size, table) for table in cache.block_tables],
     )
-    made: dict[str, Decoder] = {decoder_class.name: _make(decoder_class, decoder_context)}
+    decoder_context = replace(decoder_context, max_model_len=max_model_len)
+    made = {
+        cls.name: _make(cls, decoder_context) for cls in (decoder_class, proposer_class) if cls
+    }
 
-    def decoder_named(name: str) -> Decoder:
-        if name not in made:
+    def decoder_named(name: str, role: str = "selector") -> Any:
+        if name not in made or made[name].role != role:
             cls = registry.select("decoder", name, None).cls
-            _check_role(cls, "selector", "decoder")
+            _check_role(cls, role, "proposer" if role == "proposer" else "decoder")
             made[name] = _make(cls, decoder_context)
         return made[name]
 
@@ -238,13 +243,14 @@ def build(
         cache=cache,
         scheduler=scheduler,
         decoder=made[decoder_class.name],
-        proposer=_make(proposer_class, decoder_context) if proposer_class else None,
+        proposer=made[proposer_class.name] if proposer_class else None,
         constraints=[
             _make(cls, decoder_context)
             for cls in registry.classes("decoder")
             if getattr(cls, "role", "") == "constraint"
         ],
         decoders=decoder_named,
+        proposers=lambda name: decoder_named(name, "proposer"),
         tokenizer=decoder_context.tokenizer,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
