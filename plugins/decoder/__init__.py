@@ -1,10 +1,11 @@
 """Built-in decoding: selectors, proposers, constraints."""
 
 from pyllmlite import hookimpl
+from pyllmlite_plugins.decoder.beam import Beam
 from pyllmlite_plugins.decoder.prompt_lookup import PromptLookup
 from pyllmlite_plugins.decoder.sample import Sample
 
 
 @hookimpl
 def pyllmlite_decoders():
-    return [Sample, PromptLookup]
+    return [Sample, Beam, PromptLookup]

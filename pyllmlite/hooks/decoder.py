@@ -76,6 +76,11 @@ class Actions(Protocol):
         """End it (``stop``, ``length``), or drop it from the request (``dropped``, also after
         it has ended).  ``ValueError``: the last one of a request cannot be dropped."""
 
+    def rank(self, seqs: Seq[Sequence], logprobs: Seq[float]) -> None:
+        """For a decoder that compares a request's completions: their order in its output, the
+        best first, and the log-probability of each (``cumulative_logprob``).  ``ValueError`` if
+        these are not all that the request has left."""
+
 
 class Decoder(Strategy):
     """The selector: turns what was sampled into what the sequence becomes.
@@ -83,12 +88,19 @@ class Decoder(Strategy):
     Attributes:
         needs_sync: Results of step N must be seen before step N+1 is planned.
         plans_steps: :meth:`plan` is called every step (costs Python a row).
+        takes_drafts: It works with a proposer; if not, a request with both is refused.
+        takes_constraints: It works with constraints; if not, a request with both is refused.
+        owns_completions: It makes the ``n`` completions itself, by ``fork``; if not, the engine
+            starts them when the prompt is in the cache.
     """
 
     contract = "decoder"
     role = "selector"
     needs_sync: bool = False
     plans_steps: bool = False
+    takes_drafts: bool = True
+    takes_constraints: bool = True
+    owns_completions: bool = False
 
     def __init__(self, context: DecoderContext) -> None:
         self.context = context

@@ -152,6 +152,11 @@ def build(
     _check_role(decoder_class, "selector", "decoder")
     if proposer_class is not None:
         _check_role(proposer_class, "proposer", "proposer")
+        if not decoder_class.takes_drafts:
+            raise ConfigError(
+                f"decoder {decoder_class.name!r} does not work with proposer "
+                f"{proposer_class.name!r}; leave one of the two out"
+            )
     shapes = tuple(plan.shape for plan in plan_matrices(spec))
     quantizer_needs = QuantizerNeeds(
         device, dtype, shapes, config.bits, config.group_size, config.symmetric, options

@@ -108,12 +108,20 @@ class TableEngine:
 
     def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         assert reason in ("stop", "length", "dropped"), f"unknown reason {reason!r}"
+        if seq in self.done and reason == "dropped":
+            seq.finish_reason = reason
+            return
         seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         self.live.remove(seq)
         self.done.append(seq)
         if self.proposer is not None:
             self.proposer.close(seq)
         self.decoder.close(seq)
+
+    def rank(self, seqs: Seq[Sequence], logprobs: Seq[float]) -> None:
+        left = [s for s in seqs[0].request.sequences if s.finish_reason != "dropped"]
+        assert {s.id for s in seqs} == {s.id for s in left}, "rank() left somebody out"
+        assert len(seqs) == len(left) == len(logprobs)
 
     # -- running -----------------------------------------------------------------------------
     def step(self) -> None:
