@@ -29,6 +29,7 @@ _EXPORTS: dict[str, str] = {
     "Quantizer": "pyllmlite.hooks.quantizer",
     "Scheduler": "pyllmlite.hooks.scheduler",
     "BeamSearchParams": "pyllmlite.core.beam",
+    "StructuredOutputsParams": "pyllmlite.core.structured",
     "Decoder": "pyllmlite.hooks.decoder",
     "Proposer": "pyllmlite.hooks.decoder",
     "Constraint": "pyllmlite.hooks.decoder",

@@ -2,10 +2,11 @@
 
 from pyllmlite import hookimpl
 from pyllmlite_plugins.decoder.beam import Beam
+from pyllmlite_plugins.decoder.guidance import Guidance
 from pyllmlite_plugins.decoder.prompt_lookup import PromptLookup
 from pyllmlite_plugins.decoder.sample import Sample
 
 
 @hookimpl
 def pyllmlite_decoders():
-    return [Sample, Beam, PromptLookup]
+    return [Sample, Beam, PromptLookup, Guidance]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyllmlite.core.errors import RequestError
+from pyllmlite.core.structured import StructuredOutputsParams
 
 MAX_N = 16384  # completions of one prompt, as in vLLM
 _NUMBERS = (
@@ -45,6 +46,8 @@ class SamplingParams:
             strings can be given.
         decoder: Name of the decoder; None: the engine's.
         proposer: Name of what proposes draft tokens; None: the engine's; ``"none"``: nothing.
+        structured_outputs: What the text must look like, a ``StructuredOutputsParams`` or its
+            words in a dict.
         extra_args: For decoders and plugins; unknown names are refused by none.
     """
 
@@ -72,6 +75,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     decoder: str | None = None
     proposer: str | None = None
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
     extra_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +85,18 @@ class SamplingParams:
             self.stop = [self.stop]
         if self.top_k == -1:
             self.top_k = 0
+        if isinstance(self.structured_outputs, dict):
+            known = {f.name for f in fields(StructuredOutputsParams)}
+            for name in self.structured_outputs.keys() - known:
+                raise RequestError(
+                    f"structured_outputs does not know {name!r}; known: {', '.join(sorted(known))}"
+                )
+            self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
+        elif not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError(
+                "structured_outputs must be StructuredOutputsParams or a dict, got "
+                f"{self.structured_outputs!r}"
+            )
         if self.extra_args is None:
             self.extra_args = {}
         for name in _NUMBERS:  # NumPy's, as a sweep over parameters gives them

@@ -72,6 +72,11 @@ class Admission:
             proposer = self._named(params.proposer, built.proposers)
         constraints = [c for c in built.constraints if _applies(c, params)]
         self._check_pairs(decoder, proposer, constraints)
+        if params.structured_outputs is not None and not constraints:
+            raise RequestError(
+                "structured_outputs: no constraint plugin is there for it; the built-in one is "
+                "'guidance'"
+            )
         request = Request(request_id, ids, params, prompt=text, priority=priority, client=client)
         seed = params.seed if params.seed is not None else mix_seed(self._seed, self._count)
         state = RequestState(

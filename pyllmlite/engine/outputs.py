@@ -16,8 +16,9 @@ def request_output(state: RequestState) -> RequestOutput:
     """What the request has come to so far; lists are copies, safe to hand to another thread."""
     request = state.request
     sequences = request.sequences
-    if state.live == 0 and len(sequences) > request.params.n:
-        sequences = sorted(sequences, key=_logprob_per_token, reverse=True)[: request.params.n]
+    n = request.params.n
+    if state.live == 0 and request.params.num_completions > n:
+        sequences = sorted(sequences, key=_logprob_per_token, reverse=True)[:n]
     completions = [_completion(index, seq, state) for index, seq in enumerate(sequences)]
     return RequestOutput(
         request_id=request.id,
