@@ -2,6 +2,7 @@
 
 from pyllmlite import hookimpl
 from pyllmlite_plugins.decoder.beam import Beam
+from pyllmlite_plugins.decoder.draft_model import DraftModelProposer
 from pyllmlite_plugins.decoder.guidance import Guidance
 from pyllmlite_plugins.decoder.prompt_lookup import PromptLookup
 from pyllmlite_plugins.decoder.sample import Sample
@@ -9,4 +10,4 @@ from pyllmlite_plugins.decoder.sample import Sample
 
 @hookimpl
 def pyllmlite_decoders():
-    return [Sample, Beam, PromptLookup, Guidance]
+    return [Sample, Beam, PromptLookup, DraftModelProposer, Guidance]

@@ -18,13 +18,15 @@ TRIAL, FIRST_WAIT, LONGEST_WAIT = 2, 8, 64
 
 
 @lru_cache(maxsize=4096)
-def best_length(percent: int, batch: int, token_cost: float, longest: int) -> int:
+def best_length(
+    percent: int, batch: int, token_cost: float, longest: int, draft_cost: float = 0.0
+) -> int:
     """The draft length k of the greatest expected speed-up; 0 if no length has one.
 
     A draft of k tokens, each accepted with probability p if those before it were, gives
     (1 - p^(k+1)) / (1 - p) tokens (Leviathan et al. 2023, equation 1).  A step of N tokens
     takes a + b N; of a step shared by ``batch`` sequences, k more tokens for each cost
-    k b batch / (a + b batch) of it.
+    k b batch / (a + b batch) of it, and k ``draft_cost`` if a model drafts them.
 
     Args:
         percent: p in percent.
@@ -32,11 +34,12 @@ def best_length(percent: int, batch: int, token_cost: float, longest: int) -> in
     """
     p = min(percent, 99) / 100
     share = token_cost * batch / (1 - token_cost + token_cost * batch)
+    cost = share + draft_cost
     best, gain, expected = 0, LEAST_GAIN, 1.0
     for k in range(1, longest + 1):
         expected += p**k
-        if expected / (1 + share * k) > gain:
-            best, gain = k, expected / (1 + share * k)
+        if expected / (1 + cost * k) > gain:
+            best, gain = k, expected / (1 + cost * k)
     return best
 
 
@@ -55,15 +58,19 @@ class DraftLength:
         self._kind = 0
         self._wait = self._left = FIRST_WAIT
 
-    def choose(self, kind: int, batch: int, token_cost: float, longest: int) -> int:
+    def choose(
+        self, kind: int, batch: int, token_cost: float, longest: int, draft_cost: float = 0.0
+    ) -> int:
         """For the next draft, of this kind, in a step that ``batch`` sequences share."""
         self._kind = kind
         percent = round(100 * self._accepted[kind] / self._tried[kind])
-        length = best_length(percent, batch, token_cost, longest)
+        length = best_length(percent, batch, token_cost, longest, draft_cost)
         if length:
             return length
         self._left -= 1
-        if self._left > 0 or not best_length(99, batch, token_cost, longest):
+        if self._left > 0 or not best_length(
+            99, batch, token_cost, longest, draft_cost
+        ):
             return 0
         self._wait = self._left = min(2 * self._wait, LONGEST_WAIT)
         return min(TRIAL, longest)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyllmlite.engine.failure import failure
+from pyllmlite.hooks.decoder import Proposer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
     """Ask for draft tokens for every decoding sequence whose request has a proposer.  Together
     they leave a row of logits and a token of the step to everybody, and to one who starts."""
+    asked: list[tuple[Sequence, int]] = []
     spare = min(step.max_logit_rows, step.max_tokens) - len(pool.running) - 1
     for seq in pool.running:
         state = seq.output.request
@@ -33,8 +35,12 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
         if state.unborn or state.scoring:
             continue  # the last token of a prompt, which has more to do than to choose one
         room = min(spare, state.limit - len(seq.token_ids) - 1)  # the last one is never a draft
-        if room <= 0:
-            continue
+        if room > 0:
+            asked.append((seq, room))
+    _prepare(asked, step)
+    for seq, room in asked:
+        state = seq.output.request
+        room = min(room, spare)
         try:
             proposed = islice(state.proposer.propose(seq, room), room)
             drafts = [operator.index(token) for token in proposed]
@@ -44,6 +50,20 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
         bad = next((i for i, token in enumerate(drafts) if not 0 <= token < vocab_size), None)
         seq.draft_ids = drafts[:bad]
         spare -= len(seq.draft_ids)
+
+
+def _prepare(asked: list[tuple[Sequence, int]], step: Step) -> None:
+    """Tell each proposer at once all that it will be asked for."""
+    proposers = {id(seq.output.request.proposer): seq.output.request.proposer for seq, _ in asked}
+    for key, proposer in proposers.items():
+        if type(proposer).prepare is Proposer.prepare:
+            continue
+        mine = [entry for entry in asked if id(entry[0].output.request.proposer) == key]
+        try:
+            proposer.prepare([seq for seq, _ in mine], [room for _, room in mine])
+        except Exception as error:
+            step.failed += [(seq, failure(proposer, error)) for seq, _ in mine]
+            asked[:] = [entry for entry in asked if entry not in mine]
 
 
 class Planner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,9 +16,38 @@ if TYPE_CHECKING:
     from pyllmlite.core.request import Sequence
 
 
+class DraftModel(Protocol):
+    """Another model with the same vocabulary.
+
+    Attributes:
+        weight_bytes: Of its weights.
+    """
+
+    weight_bytes: int
+
+    def greedy(self, wanted: Seq[tuple[int, Seq[int], int]]) -> list[list[int]]:
+        """The most probable tokens, one after the other.
+
+        Args:
+            wanted: For each sequence a key, its tokens, and how many shall follow.  Under a key
+                the tokens only grow; what was computed of them is kept.
+        Returns:
+            For each as many tokens as were asked for, or fewer: where its cache or its context
+            ends, and where another sequence has the same prefix and is ahead.
+        """
+
+    def forget(self, key: int) -> None:
+        """The sequence will not come again."""
+
+
 @dataclass(frozen=True)
 class DecoderContext:
-    """What the engine hands to a decoder, so that plugins import nothing upward."""
+    """What the engine hands to a decoder, so that plugins import nothing upward.
+
+    ``open_model(model, options)`` loads a second model: a path, alias or hub id, and options as
+    ``LLM`` takes them, besides ``num_layers`` (only the first so many).  ``PyllmliteError``, also
+    if its vocabulary is another one.  None: there is no such thing here.
+    """
 
     vocab_size: int
     max_model_len: int
@@ -26,6 +55,8 @@ class DecoderContext:
     tokenizer: Any = None
     max_logprobs: int = 20  # most that ``sampling`` may ask for as ``num_logprobs``
     extra: Mapping[str, Any] = field(default_factory=dict)  # options of strategies, by name
+    weight_bytes: int = 0  # of the model
+    open_model: Callable[[str, Mapping[str, Any]], DraftModel] | None = None
 
 
 class StepPlan(Protocol):
@@ -146,6 +177,10 @@ class Proposer(Strategy):
 
     def open(self, seq: Sequence) -> None:
         """A sequence starts."""
+
+    def prepare(self, seqs: Seq[Sequence], max_tokens: Seq[int]) -> None:
+        """Once before a step: all sequences that :meth:`propose` will be asked for, and the most
+        tokens for each.  For a proposer that works on many at a time."""
 
     @abstractmethod
     def propose(self, seq: Sequence, max_tokens: int) -> Seq[int]:

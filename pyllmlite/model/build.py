@@ -17,6 +17,7 @@ from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
 from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
+from pyllmlite.model.draft_runner import open_draft_model
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
 from pyllmlite.model.weights import plan_matrices
@@ -90,12 +91,14 @@ def build(
     config: EngineConfig,
     registry: Registry | None = None,
     progress: Callable[[int, int], None] | None = None,
+    pool: Any = None,
 ) -> Built:
     """Load a model and choose a strategy for every hook.
 
     Args:
         model: A source, or what :func:`open_model` takes.
         progress: Called with (matrices loaded, matrices in all).
+        pool: Threads of another Program, which never runs at the same time; None: its own.
     Raises:
         ModelError, PluginError, ConfigError, CapacityError: One line: the cause and what would
             work.  Everything that can be refused is refused here, before the first token.
@@ -213,7 +216,8 @@ def build(
     threads = config.threads or len(os.sched_getaffinity(0))
     rows_per_seq = DRAFT_ROWS if proposer_class is not None else 1
     max_logit_rows = min(batched, max(64, config.max_num_seqs * rows_per_seq))
-    sink = ProgramBuilder(batched, max_logit_rows, native().ThreadPool(threads))
+    pool = pool or native().ThreadPool(threads)
+    sink = ProgramBuilder(batched, max_logit_rows, pool)
     builder = ModelBuilder(source, sink, quantizer, cache, attention, max_model_len, progress)
     builder.load_weights()
     builder.add_ops()
@@ -227,7 +231,19 @@ def build(
         config.max_logprobs,
         [(cache.block_size, table) for table in cache.block_tables],
     )
-    decoder_context = replace(decoder_context, max_model_len=max_model_len)
+    decoder_context = replace(
+        decoder_context,
+        max_model_len=max_model_len,
+        weight_bytes=builder.weight_bytes,
+        open_model=lambda name, options: open_draft_model(
+            name, options, spec, decoder_context.tokenizer, registry, pool,
+            EngineConfig(
+                device=config.device, dtype=config.dtype, max_num_seqs=config.max_num_seqs,
+                max_model_len=max_model_len, max_num_batched_tokens=batched, threads=threads,
+                max_logprobs=0, skip_tokenizer_init=decoder_context.tokenizer is None,
+            ),
+        ),
+    )  # fmt: skip
     made = {
         cls.name: _make(cls, decoder_context) for cls in (decoder_class, proposer_class) if cls
     }

@@ -259,8 +259,12 @@ class ProposerConformance(Conformance):
     contract = "decoder"
     role = "proposer"
 
+    def context(self) -> DecoderContext:
+        """Override to give options, or a draft model."""
+        return context()
+
     def engine(self) -> TableEngine:
-        return TableEngine(_Appends(), self.strategy(context()))
+        return TableEngine(_Appends(), self.strategy(self.context()))
 
     def test_output_is_as_without(self) -> None:
         for prompt in ([3], [9, 9, 9, 9], table_line(4, 30), table_line(4, 12) * 3):
