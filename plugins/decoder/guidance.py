@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +24,16 @@ MAX_GRAMMARS = 64  # kept compiled
 
 
 class _State:
-    """``behind``: end tokens that were accepted after the matcher had stopped."""
+    """Attributes:
+    behind: End tokens that were accepted after the matcher had stopped.
+    bits: The mask of the state, if it is known.
+    """
 
     __slots__ = ("behind", "bits", "matcher")
 
-    def __init__(self, matcher: Any, num_words: int, behind: int = 0) -> None:
+    def __init__(self, matcher: Any, behind: int = 0) -> None:
         self.matcher = matcher
-        self.bits = np.zeros(num_words, np.uint32)
+        self.bits: np.ndarray | None = None
         self.behind = behind
 
 
@@ -44,6 +49,9 @@ class Guidance(Constraint):
     def __init__(self, context: DecoderContext) -> None:
         super().__init__(context)
         self._num_words = (context.vocab_size + 31) // 32
+        self._bits = np.zeros((1, self._num_words), np.uint32)  # the masks of a step
+        self._prepared: list[_State] = []
+        self._executor: Any = None
         self._tokenizer: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
@@ -57,16 +65,40 @@ class Guidance(Constraint):
             raise RequestError("structured_outputs ends with the end token: no ignore_eos")
         if params.min_tokens:
             raise RequestError("structured_outputs says itself when it may end: no min_tokens")
-        return _State(self._matcher(params.structured_outputs), self._num_words)
+        return _State(self._matcher(params.structured_outputs))
+
+    def prepare(self, states: Seq[_State]) -> None:
+        """The masks of many sequences, on all cores."""
+        for state in self._prepared:  # those that nobody asked for
+            state.bits = None
+        self._prepared = list(states) if len(states) > 1 else []
+        if not self._prepared:
+            return
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor(len(os.sched_getaffinity(0)))
+        if len(self._bits) < len(states):
+            self._bits = np.zeros((len(states), self._num_words), np.uint32)
+        bits = self._bits
+        matchers = [(state.matcher, row) for row, state in enumerate(states)]
+        self._executor.unsafe_compute_mask_ptr(
+            matchers, bits.ctypes.data, 4 * self._num_words, len(bits)
+        )
+        for state, row in zip(states, bits, strict=False):
+            state.bits = row
 
     def mask(self, state: _State) -> np.ndarray:
         bits = state.bits
-        state.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if bits is None:
+            bits = np.zeros(self._num_words, np.uint32)
+            state.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if state.matcher.is_error():
             raise RuntimeError(_line(state.matcher))
         return bits
 
     def accept(self, state: _State, token_id: int) -> None:
+        state.bits = None
         matcher = state.matcher
         if matcher.is_stopped() and token_id in self._tokenizer.eos_tokens:
             state.behind += 1
@@ -74,13 +106,14 @@ class Guidance(Constraint):
             raise RuntimeError(_line(matcher))
 
     def rollback(self, state: _State, num_tokens: int) -> None:
+        state.bits = None
         behind = min(state.behind, num_tokens)
         state.behind -= behind
         if num_tokens > behind and not state.matcher.rollback(num_tokens - behind):
             raise RuntimeError(_line(state.matcher))
 
     def fork(self, state: _State) -> _State:
-        return _State(state.matcher.deep_copy(), self._num_words, state.behind)
+        return _State(state.matcher.deep_copy(), state.behind)
 
     # -- compiling -------------------------------------------------------------------------------
     def _matcher(self, asked: StructuredOutputsParams) -> Any:

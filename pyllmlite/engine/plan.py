@@ -91,7 +91,29 @@ class Planner:
         if special:
             self._plan_special(step)
 
+    def _prepare(self, step: Step) -> None:
+        """Tell each constraint at once all that it will be asked for."""
+        states: dict[int, list[Any]] = {}
+        constraints: dict[int, Constraint] = {}
+        for seq, wanted in zip(step.seqs, step.logits, strict=True):
+            parts = seq.output.request.constraints
+            if wanted and parts:
+                for part, at in zip(parts, seq.output.constraint_states, strict=True):
+                    constraints[id(part)] = part
+                    states.setdefault(id(part), []).append(at)
+        for key, constraint in constraints.items():
+            try:
+                constraint.prepare(states[key])
+            except Exception as error:
+                message = failure(constraint, error)
+                step.failed += [
+                    (seq, message)
+                    for seq in step.seqs
+                    if constraint in seq.output.request.constraints
+                ]
+
     def _plan_special(self, step: Step) -> None:
+        self._prepare(step)
         first = 0
         wishes = self._wishes
         wishes.masks = {}

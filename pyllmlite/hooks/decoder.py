@@ -211,6 +211,10 @@ class Constraint(Strategy):
     def open(self, seq: Sequence) -> Any:
         """A state for the sequence; ``RequestError`` if the grammar does not compile."""
 
+    def prepare(self, states: Seq[Any]) -> None:
+        """Once before a step: all states whose :meth:`mask` will be asked for, as they stand
+        before any draft.  For a constraint that works on many at a time."""
+
     @abstractmethod
     def mask(self, state: Any) -> np.ndarray | None:
         """uint32 bitmask of the tokens allowed next; None: all.  Copied."""

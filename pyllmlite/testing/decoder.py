@@ -125,6 +125,9 @@ class TableEngine:
 
     # -- running -----------------------------------------------------------------------------
     def step(self) -> None:
+        asked = [(seq, room) for seq in self.live if (room := self._room(seq)) > 0]
+        if asked:
+            self.proposer.prepare([seq for seq, _ in asked], [room for _, room in asked])
         for seq in list(self.live):
             if seq not in self.live:
                 continue
@@ -144,11 +147,15 @@ class TableEngine:
             self.proposed += len(drafts)
             self.accepted += taken
 
-    def _drafts(self, seq: Sequence) -> list[int]:
+    def _room(self, seq: Sequence) -> int:
+        """For drafts of the sequence."""
         if self.proposer is None or seq.num_output_tokens == 0:
-            return []
+            return 0
+        return min(8, (seq.request.params.max_tokens or 8) - seq.num_output_tokens - 1)
+
+    def _drafts(self, seq: Sequence) -> list[int]:
+        room = self._room(seq)
         before = list(seq.token_ids)
-        room = min(8, (seq.request.params.max_tokens or 8) - seq.num_output_tokens - 1)
         drafts = self.proposer.propose(seq, room) if room > 0 else []
         assert len(drafts) <= max(room, 0), f"{len(drafts)} tokens were proposed, {room} allowed"
         assert all(0 <= int(t) < VOCAB for t in drafts), "a proposed token is not in the vocabulary"
@@ -346,6 +353,21 @@ class ConstraintConformance(Conformance):
             constraint.accept(state, allowed[-1])
         constraint.rollback(state, len(seen))
         assert not seen or self.allowed(constraint, state) == seen[0]
+
+    def test_prepare(self) -> None:
+        constraint, state = self.opened()
+        states = [state]
+        for _ in range(4):  # each a token further
+            allowed = self.allowed(constraint, states[-1])
+            if not allowed:
+                break
+            states.append(constraint.fork(states[-1]))
+            constraint.accept(states[-1], allowed[0])
+        want = [self.allowed(constraint, at) for at in states]
+        for together in (states, states[:1], states[::-1], states[1:]):
+            constraint.prepare(together)
+            got = [self.allowed(constraint, at) for at in states]
+            assert got == want, "prepare() changed a mask"
 
     def test_fork(self) -> None:
         constraint, state = self.opened()

@@ -124,6 +124,20 @@ def test_end_tokens_are_taken_back():
         guidance.accept(state, a)
 
 
+def test_masks_computed_together():
+    """As one by one; one that is not asked for is no other's later."""
+    guidance = Guidance(Small().context())
+    states = []
+    for i, regex in enumerate(("ab?", "[a-c]+", "b{2}", "[0-9]")):
+        params = SamplingParams(structured_outputs={"regex": regex})
+        states.append(guidance.open(Sequence(i, Request("0", [1], params), [1])))
+    alone = [guidance.mask(guidance.fork(state)).copy() for state in states]
+    for together in (states, states[:1], states[2:], states[::-1], []):
+        guidance.prepare(together)
+        for state, want in zip(states, alone, strict=True):
+            assert (guidance.mask(state) == want).all()
+
+
 # -- in the engine -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
