@@ -41,6 +41,8 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
     for seq, room in asked:
         state = seq.output.request
         room = min(room, spare)
+        if room <= 0:
+            break
         try:
             proposed = islice(state.proposer.propose(seq, room), room)
             drafts = [operator.index(token) for token in proposed]
