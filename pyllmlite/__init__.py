@@ -28,6 +28,8 @@ _EXPORTS: dict[str, str] = {
     "KVCache": "pyllmlite.hooks.cache",
     "Quantizer": "pyllmlite.hooks.quantizer",
     "Scheduler": "pyllmlite.hooks.scheduler",
+    "BeamSearchParams": "pyllmlite.core.beam",
+    "StructuredOutputsParams": "pyllmlite.core.structured",
     "Decoder": "pyllmlite.hooks.decoder",
     "Proposer": "pyllmlite.hooks.decoder",
     "Constraint": "pyllmlite.hooks.decoder",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyllmlite.core.errors import ConfigError
+from pyllmlite.core.speculative import from_speculative_config
 
 _DTYPES = {
     "auto": "auto",
@@ -200,9 +201,16 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
-        """From the words of ``LLM(...)``: an unknown one is refused with the nearest known one."""
+        """From the words of ``LLM(...)``, vLLM's ``quantization`` and ``speculative_config`` among
+        them: an unknown one is refused with the nearest known one."""
         if "quantization" in kwargs:
             kwargs["quantizer"] = kwargs.pop("quantization") or "auto"
+        speculative = kwargs.pop("speculative_config", None)
+        if speculative is not None:
+            if kwargs.get("proposer") is not None:
+                raise ConfigError("proposer and speculative_config say the same; leave one out")
+            kwargs["proposer"], extra = from_speculative_config(speculative)
+            kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
         known = {f.name for f in fields(cls)}
         for name in [n for n in kwargs if n not in known]:
             if name not in _WITHOUT_MEANING:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyllmlite.core.errors import RequestError
+from pyllmlite.core.structured import StructuredOutputsParams
 
 MAX_N = 16384  # completions of one prompt, as in vLLM
 _NUMBERS = (
-    "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+    "n", "best_of", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "seed", "max_tokens", "min_tokens", "logprobs",
+    "prompt_logprobs",
 )  # fmt: skip
 
 
@@ -22,6 +24,8 @@ class SamplingParams:
 
     Attributes:
         n: Completions per prompt; they share the prompt's KV blocks.
+        best_of: So many are made, and the ``n`` of the highest log-probability per token come
+            out, the best first; None: ``n``.
         temperature: 0 is greedy (the lowest id among equal logits).
         top_p: Nucleus sampling (Holtzman et al. 2020), in (0, 1].
         top_k: Keep the k best; 0 or -1 keeps all.
@@ -41,10 +45,14 @@ class SamplingParams:
         detokenize: Turn tokens into text; without, ``text`` is empty and no stop
             strings can be given.
         decoder: Name of the decoder; None: the engine's.
+        proposer: Name of what proposes draft tokens; None: the engine's; ``"none"``: nothing.
+        structured_outputs: What the text must look like, a ``StructuredOutputsParams`` or its
+            words in a dict.
         extra_args: For decoders and plugins; unknown names are refused by none.
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -66,6 +74,8 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     decoder: str | None = None
+    proposer: str | None = None
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
     extra_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,6 +85,18 @@ class SamplingParams:
             self.stop = [self.stop]
         if self.top_k == -1:
             self.top_k = 0
+        if isinstance(self.structured_outputs, dict):
+            known = {f.name for f in fields(StructuredOutputsParams)}
+            for name in self.structured_outputs.keys() - known:
+                raise RequestError(
+                    f"structured_outputs does not know {name!r}; known: {', '.join(sorted(known))}"
+                )
+            self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
+        elif not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError(
+                "structured_outputs must be StructuredOutputsParams or a dict, got "
+                f"{self.structured_outputs!r}"
+            )
         if self.extra_args is None:
             self.extra_args = {}
         for name in _NUMBERS:  # NumPy's, as a sweep over parameters gives them
@@ -82,6 +104,11 @@ class SamplingParams:
             if hasattr(value, "item") and getattr(value, "shape", None) == ():
                 setattr(self, name, value.item())
         self._check()
+
+    @property
+    def num_completions(self) -> int:
+        """Completions that are made, of which ``n`` come out."""
+        return self.n if self.best_of is None else self.best_of
 
     def clone(self) -> SamplingParams:
         """A copy that shares nothing with this one."""
@@ -107,6 +134,9 @@ class SamplingParams:
         integer("n", 1)
         if self.n > MAX_N:
             raise RequestError(f"n must be at most {MAX_N}, got {self.n}")
+        integer("best_of", self.n, optional=True)
+        if (self.best_of or 1) > MAX_N:
+            raise RequestError(f"best_of must be at most {MAX_N}, got {self.best_of}")
         number("temperature", 0.0, 1e6)
         number("top_p", 0.0, 1.0, low_open=True)
         integer("top_k", 0)
@@ -130,10 +160,11 @@ class SamplingParams:
             raise RequestError("stop must be a non-empty string or a list of them")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids without it")
-        if self.temperature == 0 and self.n > 1:
-            raise RequestError(
-                "n > 1 with temperature 0 gives n equal outputs; use temperature > 0"
-            )
+        for name in ("n", "best_of"):
+            if self.temperature == 0 and (getattr(self, name) or 1) > 1:
+                raise RequestError(
+                    f"{name} > 1 with temperature 0 gives equal outputs; use temperature > 0"
+                )
         if self.stop_token_ids is not None and not isinstance(self.stop_token_ids, (list, tuple)):
             raise RequestError(f"stop_token_ids must be a list, got {self.stop_token_ids!r}")
         if self.logit_bias is not None and not isinstance(self.logit_bias, dict):

@@ -92,8 +92,8 @@ class SequenceActions:
         request.changed = True
         for index, token in enumerate([self._checked(token) for token in token_ids]):
             ids.append(token)
-            if params.logprobs is not None:
-                self._add_logprob(seq, index, token, params.logprobs)
+            if request.logprobs is not None:
+                self._add_logprob(seq, index, token, request.logprobs)
             may_stop = len(ids) >= request.min_tokens_end
             if may_stop and token in state.stop_ids:
                 self._end_by_token(seq, token)
@@ -227,6 +227,17 @@ class SequenceActions:
         request.changed = True
         if request.live == 0 or request.stream:
             self._on_change(request)
+
+    def rank(self, seqs: Seq[Sequence], logprobs: Seq[float]) -> None:
+        request = seqs[0].request
+        if len(seqs) != len(logprobs) or sorted(s.id for s in seqs) != sorted(
+            s.id for s in request.sequences
+        ):
+            raise ValueError("rank takes every sequence of the request and a number for each")
+        request.sequences[:] = seqs
+        for seq, logprob in zip(seqs, logprobs, strict=True):
+            seq.cumulative_logprob = logprob
+            seq.output.ranked = True
 
     def _end_by_token(self, seq: Sequence, token: int) -> None:
         named = token in seq.output.request.named_stop_ids

@@ -14,6 +14,8 @@ from pyllmlite.engine.prompts import check_prompt, parse_prompt
 from pyllmlite.engine.state import RequestState, SequenceState, mix_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyllmlite.engine.actions import SequenceActions
     from pyllmlite.hooks.decoder import Constraint
 
@@ -56,16 +58,32 @@ class Admission:
         text, ids = parse_prompt(prompt, built.tokenizer)
         check_prompt(ids, built.spec.vocab_size, built.max_model_len, self._cache_len)
         self._check_params(params)
+        if stream and params.num_completions > params.n:
+            raise RequestError("best_of knows the best when all have ended: it cannot be streamed")
         decoder = built.decoder
         if params.decoder is not None and params.decoder != decoder.name:
-            decoder = self._named_decoder(params.decoder)
+            decoder = self._named(params.decoder, built.decoders)
+        proposer = built.proposer
+        if params.proposer == "none":
+            proposer = None
+        elif params.proposer is not None and (
+            proposer is None or params.proposer != proposer.name
+        ):
+            proposer = self._named(params.proposer, built.proposers)
+        constraints = [c for c in built.constraints if _applies(c, params)]
+        self._check_pairs(decoder, proposer, constraints)
+        if params.structured_outputs is not None and not constraints:
+            raise RequestError(
+                "structured_outputs: no constraint plugin is there for it; the built-in one is "
+                "'guidance'"
+            )
         request = Request(request_id, ids, params, prompt=text, priority=priority, client=client)
         seed = params.seed if params.seed is not None else mix_seed(self._seed, self._count)
         state = RequestState(
             request,
             decoder,
-            built.proposer,
-            [c for c in built.constraints if _applies(c, params)],
+            proposer,
+            constraints,
             seed,
             min(built.max_model_len, self._cache_len),
             built.spec.eos_token_ids,
@@ -75,11 +93,24 @@ class Admission:
         self._count += 1
         return state
 
-    def _named_decoder(self, name: str) -> Any:
+    @staticmethod
+    def _named(name: str, strategies: Callable[[str], Any]) -> Any:
         try:
-            return self._built.decoders(name)
+            return strategies(name)
         except PyllmliteError as error:
             raise RequestError(str(error)) from None
+
+    @staticmethod
+    def _check_pairs(decoder: Any, proposer: Any, constraints: list[Any]) -> None:
+        if proposer is not None and not decoder.takes_drafts:
+            raise RequestError(
+                f"decoder {decoder.name!r} does not work with proposer {proposer.name!r}; "
+                "proposer='none' turns it off for a request"
+            )
+        if constraints and not decoder.takes_constraints:
+            raise RequestError(
+                f"decoder {decoder.name!r} does not work with constraint {constraints[0].name!r}"
+            )
 
     def _open(self, state: RequestState) -> None:
         request = state.request

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pyllmlite.core.beam import BeamSearchOutput, BeamSearchParams
 from pyllmlite.core.config import EngineConfig
 from pyllmlite.core.errors import ModelError, RequestError
 from pyllmlite.core.request import RequestOutput
@@ -118,6 +119,21 @@ class LLM:
         priorities = _one_each("priority", priority, 0, len(many))
         states = self._prepare(many, params, priorities, client)
         return self._run(states, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The ``beam_width`` most probable continuations that beam search finds, best first.
+
+        Raises:
+            RequestError: As :meth:`generate`, and if one of the searches failed.
+        """
+        found = []
+        for output in self.generate(prompts, params.sampling_params(), use_tqdm):
+            if output.error is not None:
+                raise RequestError(output.error)
+            found.append(BeamSearchOutput.of(output, params.length_penalty))
+        return found
 
     def chat(
         self,

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 def request_output(state: RequestState) -> RequestOutput:
     """What the request has come to so far; lists are copies, safe to hand to another thread."""
     request = state.request
-    completions = [_completion(index, seq, state) for index, seq in enumerate(request.sequences)]
+    sequences = request.sequences
+    n = request.params.n
+    if state.live == 0 and request.params.num_completions > n:
+        sequences = sorted(sequences, key=_logprob_per_token, reverse=True)[:n]
+    completions = [_completion(index, seq, state) for index, seq in enumerate(sequences)]
     return RequestOutput(
         request_id=request.id,
         prompt=request.prompt,
@@ -29,18 +33,24 @@ def request_output(state: RequestState) -> RequestOutput:
     )
 
 
+def _logprob_per_token(seq: Sequence) -> float:
+    return seq.cumulative_logprob / max(seq.num_output_tokens, 1)
+
+
 def _completion(index: int, seq: Sequence, state: RequestState) -> CompletionOutput:
     params = state.request.params
     detokenizer = seq.output.detokenizer
     text = detokenizer.text if detokenizer is not None else ""
     if params.stop and text and seq.finish_reason is None:
         text = text[: len(text) - held_back(text, params.stop)]
+    known = params.logprobs is not None or seq.output.ranked
+    logprobs = None if params.logprobs is None else seq.logprobs
     return CompletionOutput(
         index=index,
         text=text,
         token_ids=seq.output_token_ids,
-        cumulative_logprob=seq.cumulative_logprob if params.logprobs is not None else None,
-        logprobs=None if seq.logprobs is None else list(seq.logprobs),
+        cumulative_logprob=seq.cumulative_logprob if known else None,
+        logprobs=None if logprobs is None else list(logprobs),
         finish_reason=seq.finish_reason,
         stop_reason=seq.stop_reason,
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyllmlite.engine.failure import failure
+from pyllmlite.hooks.decoder import Proposer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
-    """Ask for draft tokens for every decoding sequence whose request has a proposer."""
+    """Ask for draft tokens for every decoding sequence whose request has a proposer.  Together
+    they leave a row of logits and a token of the step to everybody, and to one who starts."""
+    asked: list[tuple[Sequence, int]] = []
+    spare = min(step.max_logit_rows, step.max_tokens) - len(pool.running) - 1
     for seq in pool.running:
         state = seq.output.request
         seq.draft_ids = []
@@ -30,9 +34,15 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
             continue
         if state.unborn or state.scoring:
             continue  # the last token of a prompt, which has more to do than to choose one
-        room = state.limit - len(seq.token_ids) - 1  # the last token is never a draft
+        room = min(spare, state.limit - len(seq.token_ids) - 1)  # the last one is never a draft
+        if room > 0:
+            asked.append((seq, room))
+    _prepare(asked, step)
+    for seq, room in asked:
+        state = seq.output.request
+        room = min(room, spare)
         if room <= 0:
-            continue
+            break
         try:
             proposed = islice(state.proposer.propose(seq, room), room)
             drafts = [operator.index(token) for token in proposed]
@@ -41,6 +51,21 @@ def propose(pool: SequencePool, step: Step, vocab_size: int) -> None:
             continue
         bad = next((i for i, token in enumerate(drafts) if not 0 <= token < vocab_size), None)
         seq.draft_ids = drafts[:bad]
+        spare -= len(seq.draft_ids)
+
+
+def _prepare(asked: list[tuple[Sequence, int]], step: Step) -> None:
+    """Tell each proposer at once all that it will be asked for."""
+    proposers = {id(seq.output.request.proposer): seq.output.request.proposer for seq, _ in asked}
+    for key, proposer in proposers.items():
+        if type(proposer).prepare is Proposer.prepare:
+            continue
+        mine = [entry for entry in asked if id(entry[0].output.request.proposer) == key]
+        try:
+            proposer.prepare([seq for seq, _ in mine], [room for _, room in mine])
+        except Exception as error:
+            step.failed += [(seq, failure(proposer, error)) for seq, _ in mine]
+            asked[:] = [entry for entry in asked if entry not in mine]
 
 
 class Planner:
@@ -68,7 +93,29 @@ class Planner:
         if special:
             self._plan_special(step)
 
+    def _prepare(self, step: Step) -> None:
+        """Tell each constraint at once all that it will be asked for."""
+        states: dict[int, list[Any]] = {}
+        constraints: dict[int, Constraint] = {}
+        for seq, wanted in zip(step.seqs, step.logits, strict=True):
+            parts = seq.output.request.constraints
+            if wanted and parts:
+                for part, at in zip(parts, seq.output.constraint_states, strict=True):
+                    constraints[id(part)] = part
+                    states.setdefault(id(part), []).append(at)
+        for key, constraint in constraints.items():
+            try:
+                constraint.prepare(states[key])
+            except Exception as error:
+                message = failure(constraint, error)
+                step.failed += [
+                    (seq, message)
+                    for seq in step.seqs
+                    if constraint in seq.output.request.constraints
+                ]
+
     def _plan_special(self, step: Step) -> None:
+        self._prepare(step)
         first = 0
         wishes = self._wishes
         wishes.masks = {}

@@ -37,6 +37,7 @@ class RequestState:
         direct: All that there is to a step is to append the token that was sampled.
         unborn: Completions still to be forked off when the prompt is in the cache.
         live: Sequences that have not ended.
+        logprobs: As the request's, and 0 where the engine needs them itself.
         scored: Prompt tokens whose log-probability is known (``prompt_logprobs``).
         stream: Every step's outputs are wanted, not only the last ones.
         changed: A new output is due after this step.
@@ -49,6 +50,7 @@ class RequestState:
         "direct",
         "limit",
         "live",
+        "logprobs",
         "min_tokens_end",
         "named_stop_ids",
         "num_logprobs",
@@ -90,10 +92,13 @@ class RequestState:
         eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self.stop_ids = eos | self.named_stop_ids
         self.stream = stream
-        wanted = [n for n in (params.logprobs, params.prompt_logprobs) if n is not None]
+        # Those of which some are left out are compared by their log-probabilities.
+        compared = params.num_completions > params.n
+        self.logprobs = 0 if params.logprobs is None and compared else params.logprobs
+        wanted = [n for n in (self.logprobs, params.prompt_logprobs) if n is not None]
         self.num_logprobs = max(wanted, default=-1)
         self.plain = not (
-            params.stop or params.min_tokens or constraints or params.logprobs is not None or stream
+            params.stop or params.min_tokens or constraints or self.logprobs is not None or stream
         )
         self.special = bool(
             constraints
@@ -108,7 +113,7 @@ class RequestState:
             and type(decoder).advance is Decoder.advance
         )
         self.sampling = self._sampling(prompt_len)
-        self.unborn = params.n - 1
+        self.unborn = 0 if decoder.owns_completions else params.num_completions - 1
         self.live = 0
         self.scored = 0
         self.changed = False
@@ -165,6 +170,7 @@ class SequenceState:
     constraint_states: One for each of the request's constraints.
     detokenizer: Text so far; None: no text is asked for.
     blocked_at: Free blocks when the cache last had no room to start it; -1: it had.
+    ranked: A decoder has set its ``cumulative_logprob``.
     num_top: Log-probabilities that its row yields, the decoder's wish included.
     reached: Tokens that it had computed at most when it was preempted.
     """
@@ -178,6 +184,7 @@ class SequenceState:
         "limit",
         "num_top",
         "plain",
+        "ranked",
         "reached",
         "request",
         "stamp",
@@ -197,3 +204,4 @@ class SequenceState:
         self.blocked_at = -1
         self.num_top = request.num_logprobs
         self.reached = 0
+        self.ranked = False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyllmlite.hooks.strategy import Strategy
@@ -15,15 +16,47 @@ if TYPE_CHECKING:
     from pyllmlite.core.request import Sequence
 
 
+class DraftModel(Protocol):
+    """Another model with the same vocabulary.
+
+    Attributes:
+        weight_bytes: Of its weights.
+    """
+
+    weight_bytes: int
+
+    def greedy(self, wanted: Seq[tuple[int, Seq[int], int]]) -> list[list[int]]:
+        """The most probable tokens, one after the other.
+
+        Args:
+            wanted: For each sequence a key, its tokens, and how many shall follow.  Under a key
+                the tokens only grow; what was computed of them is kept.
+        Returns:
+            For each as many tokens as were asked for, or fewer: where its cache or its context
+            ends, and where another sequence has the same prefix and is ahead.
+        """
+
+    def forget(self, key: int) -> None:
+        """The sequence will not come again."""
+
+
 @dataclass(frozen=True)
 class DecoderContext:
-    """What the engine hands to a decoder, so that plugins import nothing upward."""
+    """What the engine hands to a decoder, so that plugins import nothing upward.
+
+    ``open_model(model, options)`` loads a second model: a path, alias or hub id, and options as
+    ``LLM`` takes them, besides ``num_layers`` (only the first so many).  ``PyllmliteError``, also
+    if its vocabulary is another one.  None: there is no such thing here.
+    """
 
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     tokenizer: Any = None
     max_logprobs: int = 20  # most that ``sampling`` may ask for as ``num_logprobs``
+    extra: Mapping[str, Any] = field(default_factory=dict)  # options of strategies, by name
+    weight_bytes: int = 0  # of the model
+    open_model: Callable[[str, Mapping[str, Any]], DraftModel] | None = None
 
 
 class StepPlan(Protocol):
@@ -74,6 +107,11 @@ class Actions(Protocol):
         """End it (``stop``, ``length``), or drop it from the request (``dropped``, also after
         it has ended).  ``ValueError``: the last one of a request cannot be dropped."""
 
+    def rank(self, seqs: Seq[Sequence], logprobs: Seq[float]) -> None:
+        """For a decoder that compares a request's completions: their order in its output, the
+        best first, and the log-probability of each (``cumulative_logprob``).  ``ValueError`` if
+        these are not all that the request has left."""
+
 
 class Decoder(Strategy):
     """The selector: turns what was sampled into what the sequence becomes.
@@ -81,12 +119,19 @@ class Decoder(Strategy):
     Attributes:
         needs_sync: Results of step N must be seen before step N+1 is planned.
         plans_steps: :meth:`plan` is called every step (costs Python a row).
+        takes_drafts: It works with a proposer; if not, a request with both is refused.
+        takes_constraints: It works with constraints; if not, a request with both is refused.
+        owns_completions: It makes the ``n`` completions itself, by ``fork``; if not, the engine
+            starts them when the prompt is in the cache.
     """
 
     contract = "decoder"
     role = "selector"
     needs_sync: bool = False
     plans_steps: bool = False
+    takes_drafts: bool = True
+    takes_constraints: bool = True
+    owns_completions: bool = False
 
     def __init__(self, context: DecoderContext) -> None:
         self.context = context
@@ -133,6 +178,10 @@ class Proposer(Strategy):
     def open(self, seq: Sequence) -> None:
         """A sequence starts."""
 
+    def prepare(self, seqs: Seq[Sequence], max_tokens: Seq[int]) -> None:
+        """Once before a step: all sequences that :meth:`propose` will be asked for, and the most
+        tokens for each.  For a proposer that works on many at a time."""
+
     @abstractmethod
     def propose(self, seq: Sequence, max_tokens: int) -> Seq[int]:
         """At most ``max_tokens`` tokens that may follow ``seq.token_ids``; empty: none."""
@@ -161,6 +210,10 @@ class Constraint(Strategy):
     @abstractmethod
     def open(self, seq: Sequence) -> Any:
         """A state for the sequence; ``RequestError`` if the grammar does not compile."""
+
+    def prepare(self, states: Seq[Any]) -> None:
+        """Once before a step: all states whose :meth:`mask` will be asked for, as they stand
+        before any draft.  For a constraint that works on many at a time."""
 
     @abstractmethod
     def mask(self, state: Any) -> np.ndarray | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.config import EngineConfig
@@ -18,6 +18,7 @@ from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
 from pyllmlite.hooks.scheduler import SchedulerContext
 from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
+from pyllmlite.model.draft_runner import open_draft_model
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
 from pyllmlite.model.weights import plan_matrices
@@ -54,6 +55,7 @@ class Built:
     proposer: Proposer | None
     constraints: list[Any]
     decoders: Callable[[str], Decoder]
+    proposers: Callable[[str], Proposer]
     tokenizer: Any
     max_model_len: int
     max_num_seqs: int
@@ -90,12 +92,14 @@ def build(
     config: EngineConfig,
     registry: Registry | None = None,
     progress: Callable[[int, int], None] | None = None,
+    pool: Any = None,
 ) -> Built:
     """Load a model and choose a strategy for every hook.
 
     Args:
         model: A source, or what :func:`open_model` takes.
         progress: Called with (matrices loaded, matrices in all).
+        pool: Threads of another Program, which never runs at the same time; None: its own.
     Raises:
         ModelError, PluginError, ConfigError, CapacityError: One line: the cause and what would
             work.  Everything that can be refused is refused here, before the first token.
@@ -144,6 +148,7 @@ def build(
         spec.eos_token_ids,
         None if config.skip_tokenizer_init else _tokenizer(source, config),
         config.max_logprobs,
+        options,
     )
     decoder_class = select("decoder", config.decoder, None)
     proposer_class = (
@@ -152,6 +157,11 @@ def build(
     _check_role(decoder_class, "selector", "decoder")
     if proposer_class is not None:
         _check_role(proposer_class, "proposer", "proposer")
+        if not decoder_class.takes_drafts:
+            raise ConfigError(
+                f"decoder {decoder_class.name!r} does not work with proposer "
+                f"{proposer_class.name!r}; leave one of the two out"
+            )
     shapes = tuple(plan.shape for plan in plan_matrices(spec))
     quantizer_needs = QuantizerNeeds(
         device, dtype, shapes, config.bits, config.group_size, config.symmetric, options
@@ -208,7 +218,8 @@ def build(
     threads = config.threads or len(os.sched_getaffinity(0))
     rows_per_seq = DRAFT_ROWS if proposer_class is not None else 1
     max_logit_rows = min(batched, max(64, config.max_num_seqs * rows_per_seq))
-    sink = ProgramBuilder(batched, max_logit_rows, native().ThreadPool(threads))
+    pool = pool or native().ThreadPool(threads)
+    sink = ProgramBuilder(batched, max_logit_rows, pool)
     builder = ModelBuilder(source, sink, quantizer, cache, attention, max_model_len, progress)
     builder.load_weights()
     builder.add_ops()
@@ -222,12 +233,27 @@ def build(
         config.max_logprobs,
         [(cache.block_size, table) for table in cache.block_tables],
     )
-    made: dict[str, Decoder] = {decoder_class.name: _make(decoder_class, decoder_context)}
+    decoder_context = replace(
+        decoder_context,
+        max_model_len=max_model_len,
+        weight_bytes=builder.weight_bytes,
+        open_model=lambda name, options: open_draft_model(
+            name, options, spec, decoder_context.tokenizer, registry, pool,
+            EngineConfig(
+                device=config.device, dtype=config.dtype, max_num_seqs=config.max_num_seqs,
+                max_model_len=max_model_len, max_num_batched_tokens=batched, threads=threads,
+                max_logprobs=0, skip_tokenizer_init=decoder_context.tokenizer is None,
+            ),
+        ),
+    )  # fmt: skip
+    made = {
+        cls.name: _make(cls, decoder_context) for cls in (decoder_class, proposer_class) if cls
+    }
 
-    def decoder_named(name: str) -> Decoder:
-        if name not in made:
+    def decoder_named(name: str, role: str = "selector") -> Any:
+        if name not in made or made[name].role != role:
             cls = registry.select("decoder", name, None).cls
-            _check_role(cls, "selector", "decoder")
+            _check_role(cls, role, "proposer" if role == "proposer" else "decoder")
             made[name] = _make(cls, decoder_context)
         return made[name]
 
@@ -240,13 +266,14 @@ def build(
         cache=cache,
         scheduler=scheduler,
         decoder=made[decoder_class.name],
-        proposer=_make(proposer_class, decoder_context) if proposer_class else None,
+        proposer=made[proposer_class.name] if proposer_class else None,
         constraints=[
             _make(cls, decoder_context)
             for cls in registry.classes("decoder")
             if getattr(cls, "role", "") == "constraint"
         ],
         decoders=decoder_named,
+        proposers=lambda name: decoder_named(name, "proposer"),
         tokenizer=decoder_context.tokenizer,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,

@@ -108,6 +108,9 @@ class TableEngine:
 
     def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         assert reason in ("stop", "length", "dropped"), f"unknown reason {reason!r}"
+        if seq in self.done and reason == "dropped":
+            seq.finish_reason = reason
+            return
         seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         self.live.remove(seq)
         self.done.append(seq)
@@ -115,8 +118,16 @@ class TableEngine:
             self.proposer.close(seq)
         self.decoder.close(seq)
 
+    def rank(self, seqs: Seq[Sequence], logprobs: Seq[float]) -> None:
+        left = [s for s in seqs[0].request.sequences if s.finish_reason != "dropped"]
+        assert {s.id for s in seqs} == {s.id for s in left}, "rank() left somebody out"
+        assert len(seqs) == len(left) == len(logprobs)
+
     # -- running -----------------------------------------------------------------------------
     def step(self) -> None:
+        asked = [(seq, room) for seq in self.live if (room := self._room(seq)) > 0]
+        if asked:
+            self.proposer.prepare([seq for seq, _ in asked], [room for _, room in asked])
         for seq in list(self.live):
             if seq not in self.live:
                 continue
@@ -136,11 +147,15 @@ class TableEngine:
             self.proposed += len(drafts)
             self.accepted += taken
 
-    def _drafts(self, seq: Sequence) -> list[int]:
+    def _room(self, seq: Sequence) -> int:
+        """For drafts of the sequence."""
         if self.proposer is None or seq.num_output_tokens == 0:
-            return []
+            return 0
+        return min(8, (seq.request.params.max_tokens or 8) - seq.num_output_tokens - 1)
+
+    def _drafts(self, seq: Sequence) -> list[int]:
+        room = self._room(seq)
         before = list(seq.token_ids)
-        room = min(8, (seq.request.params.max_tokens or 8) - seq.num_output_tokens - 1)
         drafts = self.proposer.propose(seq, room) if room > 0 else []
         assert len(drafts) <= max(room, 0), f"{len(drafts)} tokens were proposed, {room} allowed"
         assert all(0 <= int(t) < VOCAB for t in drafts), "a proposed token is not in the vocabulary"
@@ -251,8 +266,12 @@ class ProposerConformance(Conformance):
     contract = "decoder"
     role = "proposer"
 
+    def context(self) -> DecoderContext:
+        """Override to give options, or a draft model."""
+        return context()
+
     def engine(self) -> TableEngine:
-        return TableEngine(_Appends(), self.strategy(context()))
+        return TableEngine(_Appends(), self.strategy(self.context()))
 
     def test_output_is_as_without(self) -> None:
         for prompt in ([3], [9, 9, 9, 9], table_line(4, 30), table_line(4, 12) * 3):
@@ -334,6 +353,21 @@ class ConstraintConformance(Conformance):
             constraint.accept(state, allowed[-1])
         constraint.rollback(state, len(seen))
         assert not seen or self.allowed(constraint, state) == seen[0]
+
+    def test_prepare(self) -> None:
+        constraint, state = self.opened()
+        states = [state]
+        for _ in range(4):  # each a token further
+            allowed = self.allowed(constraint, states[-1])
+            if not allowed:
+                break
+            states.append(constraint.fork(states[-1]))
+            constraint.accept(states[-1], allowed[0])
+        want = [self.allowed(constraint, at) for at in states]
+        for together in (states, states[:1], states[::-1], states[1:]):
+            constraint.prepare(together)
+            got = [self.allowed(constraint, at) for at in states]
+            assert got == want, "prepare() changed a mask"
 
     def test_fork(self) -> None:
         constraint, state = self.opened()

@@ -283,6 +283,7 @@ def fake_built(
         else scheduler,
         decoder=made[decoder or "sample"],
         decoders=lambda name: made[name],
+        proposers=lambda name: made[name],
         proposer=proposer(context) if proposer else None,
         constraints=[c(context) for c in constraints],
         tokenizer=the_tokenizer,

@@ -33,9 +33,9 @@ def load(model):
     """An ``LLM`` with strategies as an installed plugin would bring them."""
     registry_module._load.cache_clear()
 
-    def make(hook, cls, **options):
+    def make(hook, *classes, **options):
         module = types.ModuleType("misbehaving")
-        setattr(module, f"pyllmlite_{hook}", hookimpl(lambda: [cls]))
+        setattr(module, f"pyllmlite_{hook}", hookimpl(lambda: classes))
         Registry.load().register(module, distribution="misbehaving")
         assert not Registry.load().problems
         return LLM(model, max_model_len=64, max_num_seqs=4, threads=1, dtype="f32", **options)
@@ -266,6 +266,45 @@ def test_a_constraint_with_a_wrong_mask(load):
     llm = load("decoders", Wrong)
     bad = SamplingParams(**GREEDY, extra_args={"wrong": 1})
     check_neighbours(llm, bad, "constraint 'wrong' failed: ValueError: a mask is uint32 [9]")
+
+
+def test_a_prepare_that_raises_is_named(load):
+    """It fails those that it was called for, and nobody else."""
+
+    class Bad(Proposer):
+        name = "bad"
+
+        def prepare(self, seqs, max_tokens):
+            boom()
+
+        def propose(self, seq, max_tokens):
+            return []
+
+    class Mask(Constraint):
+        name = "bad-mask"
+
+        @classmethod
+        def applies(cls, params):
+            return "mask" in params.extra_args
+
+        def prepare(self, states):
+            boom()
+
+    for name in ("open", "mask", "accept", "rollback", "fork"):
+        setattr(Mask, name, lambda self, *_: None)
+    Mask.__abstractmethods__ = frozenset()
+    llm = load("decoders", Bad, Mask)
+    plain = SamplingParams(**GREEDY)
+    (alone,) = llm.generate("one", plain, use_tqdm=False)
+    for ask, line in (
+        ({"proposer": "bad"}, "proposer 'bad' failed: OSError: no luck"),
+        ({"extra_args": {"mask": 1}}, "constraint 'bad-mask' failed: OSError: no luck"),
+    ):
+        bad = SamplingParams(**GREEDY, **ask)
+        outputs = llm.generate(["one", "xyz", "abc"], [plain, bad, bad], use_tqdm=False)
+        assert outputs[0].outputs == alone.outputs
+        assert [output.error for output in outputs] == [None, line, line]
+        llm.engine.check_integrity()
 
 
 @pytest.mark.parametrize(
