@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyllmlite.cli import bench, eval, explain, generate, info, new_plugin, pull, quantize
+from pyllmlite.cli import bench, eval, explain, generate, info, new_plugin, pull, quantize, serve
 
 app = typer.Typer(
     name="pyllmlite",
@@ -25,6 +25,7 @@ app.command()(info.info)
 app.command()(info.plugins)
 app.command()(explain.explain)
 app.command()(quantize.quantize)
+app.command()(serve.serve)
 app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")
 app.command("new-plugin")(new_plugin.new_plugin)
