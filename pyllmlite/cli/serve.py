@@ -40,6 +40,9 @@ def serve(
     request_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take.")
     ] = 600.0,
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds for a request's headers, and for its body, to arrive.")
+    ] = 20.0,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get after SIGTERM.")
     ] = 30.0,
@@ -74,6 +77,7 @@ def serve(
             cors_origins=tuple(cors_origin or ()),
             max_waiting=max_waiting,
             request_timeout=request_timeout,
+            body_timeout=body_timeout,
             drain_timeout=drain_timeout,
             max_body=parse_bytes(max_body),
             access_log=access_log,

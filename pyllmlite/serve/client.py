@@ -165,10 +165,12 @@ class EngineClient(asyncio.Protocol):
     def close(self, timeout: float = 5.0) -> None:
         """End the process; blocks until it has."""
         self._closing = True
-        if self._transport is not None:
-            self._transport.abort()
-        elif self._sock is not None:
-            self._sock.close()
+        if self._sock is not None:
+            try:
+                # At once: the event loop, which would close it, may never run again.
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
         if self.process is not None:
             try:
                 self.process.wait(timeout)

@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 from text_model import write_text_model
 
-for package in ("fastapi", "uvicorn", "httptools", "prometheus_client", "httpx", "openai"):
+for package in ("fastapi", "uvicorn", "httptools", "prometheus_client", "openai"):
     pytest.importorskip(package)
 
 LENGTH = 32768  # tokens: half a minute of generation

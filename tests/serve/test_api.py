@@ -4,6 +4,7 @@ import math
 
 import openai
 import pytest
+import raw
 
 from pyllmlite import SamplingParams
 
@@ -185,11 +186,8 @@ def test_models(client):
 
 
 def test_tokenize(server):
-    import httpx
-
     def post(path, **body):
-        answer = httpx.post(server.url + path, json=body, timeout=10)
-        return answer.status_code, answer.json()
+        return raw.post(server, path, body)
 
     status, found = post("/tokenize", prompt="añ!", return_token_strs=True)
     assert status == 200 and found["count"] == len(found["tokens"]) == 4
