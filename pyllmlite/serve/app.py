@@ -246,7 +246,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
                 param="tools",
                 code="unsupported",
             )
-        ids = await service.text.chat(body, tools)
+        ids = await service.text.chat(body, tools, request.scope.get("pyllmlite.size", 0))
         if tools:
             params.skip_special_tokens = False  # the tags around calls may be special tokens
         generation = service.start([ids], params, bool(body.stream), request)

@@ -257,7 +257,7 @@ class EngineClient(asyncio.Protocol):
                 if future is not None and not future.done():
                     future.set_result(message)
             elif kind == "found":
-                self.on_found(message["path"])
+                self.on_found(message["tokenizer"])
             elif kind == "ready":
                 self.state, self.info, self.stats = "ready", message["info"], message["stats"]
                 self.on_ready()

@@ -52,7 +52,7 @@ class Gate:
             self._check_key(scope)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self._body(scope, receive)
-                held = len(body)
+                held = scope["pyllmlite.size"] = len(body)
                 self._held += held
                 receive = _replay(body, receive)
                 del body

@@ -85,8 +85,14 @@ class Text:
             ids = prompt
         return self._checked(ids)
 
-    async def chat(self, body: ChatRequest, tools: list[dict[str, Any]] | None) -> list[int]:
-        """Token ids of a conversation, with the beginning of the answer."""
+    async def chat(
+        self, body: ChatRequest, tools: list[dict[str, Any]] | None, size: int
+    ) -> list[int]:
+        """Token ids of a conversation, with the beginning of the answer.
+
+        Args:
+            size: Of the whole body, in bytes.
+        """
         await self.ready()
         if body.chat_template is not None:
             raise ApiError(
@@ -97,7 +103,6 @@ class Text:
             raise ApiError(400, "chat_template_kwargs may not set " + ", ".join(sorted(_RESERVED)))
         messages = [_plain(message) for message in body.messages]
         generate = body.add_generation_prompt is not False
-        size = sum(len(m["content"] or "") for m in messages) + 64 * len(messages)
 
         def work() -> list[int]:
             text = self.tokenizer.apply_chat_template(
@@ -106,7 +111,7 @@ class Text:
             # The template has written BOS where the model wants it.
             return self._encode(text, False)
 
-        return self._checked(await self._run(_SHORT + 1 if tools else size, work))
+        return self._checked(await self._run(size, work))
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
         """Of ``/tokenize``, whatever the model's length."""

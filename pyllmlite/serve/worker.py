@@ -5,7 +5,8 @@ for the interpreter's switch interval (5 ms), which is longer than a step.
 
 Commands (lists): ``["start", options]`` first and once; ``["add", id, prompt_token_ids, params,
 client, stream]``; ``["abort", id]``; ``["snapshot", id]``.  Messages (dicts) are told apart by
-``"t"``: ``found`` (where the model is), ``ready``, ``failed``, ``step``, ``snapshot``, ``dead``.
+``"t"``: ``found`` (where the tokenizer is), ``ready``, ``failed``, ``step``, ``snapshot`` and
+``dead``.
 """
 
 from __future__ import annotations
@@ -118,13 +119,18 @@ class Worker:
 
     def run(self, pending: list[Any]) -> None:
         """Until the other side is gone."""
-        engine = self._engine
         self._pending = pending
+        try:
+            self._loop()
+        except (BrokenPipeError, ConnectionResetError):  # gone in the middle of a message
+            pass
+
+    def _loop(self) -> None:
+        engine = self._engine
         wait: float | None = 0.0
         last = 0.0
         while self._receive(wait):
-            outputs = [self._output(state) for state in engine.step()] if self._unfinished else []
-            outputs = [output for output in outputs if output is not None]
+            outputs = self._step() if engine.has_unfinished else []
             now = time.monotonic()
             idle = not engine.has_unfinished
             if outputs or self._accepted or self._refused or (
@@ -135,9 +141,9 @@ class Worker:
                 self._due = not idle
             wait = None if idle else engine.wait_seconds()
 
-    @property
-    def _unfinished(self) -> bool:
-        return self._engine.has_unfinished
+    def _step(self) -> list[Any]:
+        outputs = [self._output(state) for state in self._engine.step()]
+        return [output for output in outputs if output is not None]
 
     def _send_step(self, outputs: list[Any]) -> None:
         message: dict[str, Any] = {"t": "step", "stats": self._stats()}
@@ -191,10 +197,11 @@ class Worker:
         return True
 
     def _execute(self, command: list[Any]) -> None:
-        self._due = True
         if command[0] == "add":
+            self._due = True
             self._add(*command[1:])
         elif command[0] == "abort":
+            self._due = True
             self._sent.pop(command[1], None)
             self._engine.abort(command[1])
         elif command[0] == "snapshot":
@@ -204,6 +211,7 @@ class Worker:
 
     def _add(self, id: str, ids: list[int], params: Any, client: str, stream: bool) -> None:
         from pyllmlite.engine.failure import failure
+        from pyllmlite.hooks.decoder import Decoder
 
         engine = self._engine
         try:
@@ -213,8 +221,8 @@ class Worker:
             known = isinstance(error, PyllmliteError)
             self._refused.append([id, str(error) if known else failure("the request", error)])
             return
-        # A decoder that replaces whole sequences (beams) has nothing to show before the end.
-        appends = engine.requests[id].decoder.name == "sample"
+        # One that does more than append (beams) has nothing to show before the end.
+        appends = type(engine.requests[id].decoder).advance is Decoder.advance
         self._sent[id] = Sent(stream and appends)
         self._accepted.append(id)
 
@@ -252,11 +260,13 @@ def _load(sock: socket.socket, options: dict[str, Any]) -> Engine:
     from pyllmlite.core.config import EngineConfig
     from pyllmlite.engine.engine import Engine
     from pyllmlite.model.build import build
+    from pyllmlite.model.hub import resolve
     from pyllmlite.model.source import open_model
 
     config = EngineConfig.from_kwargs(**options)
     source = open_model(config.model, revision=config.revision)
-    sock.sendall(pack({"t": "found", "path": str(source.path)}))
+    tokenizer = resolve(config.tokenizer) if config.tokenizer is not None else source.path
+    sock.sendall(pack({"t": "found", "tokenizer": str(tokenizer)}))
     built = build(source, config)
     engine = Engine(built)
     info = {
@@ -303,9 +313,7 @@ def serve(sock: socket.socket) -> int:
     gc.freeze()  # what the model is made of need not be looked at by every collection
     try:
         Worker(sock, engine, unpacker).run(commands)
-    except OSError:  # the other side is gone in the middle of a message
-        return 0
-    except BaseException as error:
+    except Exception as error:
         log.exception("the engine failed")
         sock.sendall(pack({"t": "dead", "error": f"{type(error).__name__}: {error}"}))
         return 1
