@@ -217,6 +217,12 @@ class EngineClient(asyncio.Protocol):
         if self.state == "ready":
             self._transport.write(pack(["abort", ticket.id]))
 
+    def abort_all(self, error: ApiError) -> None:
+        """Everybody who waits is told ``error``."""
+        for ticket in list(self._tickets.values()):
+            ticket.inbox.fail(error)
+            self.abort(ticket)
+
     def check(self) -> None:
         """``ApiError`` 503 unless the engine can take requests."""
         if self.state == "loading":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -88,8 +89,12 @@ def _serve(client: Any, config: ServeConfig, sock: socket.socket, model: str | N
     from pyllmlite.model.hub import DEFAULT_MODEL
     from pyllmlite.serve.app import Service, make_app
     from pyllmlite.serve.connection import connection_class
+    from pyllmlite.serve.errors import ApiError
 
     service = Service(client, config, str(model or DEFAULT_MODEL))
+
+    def give_up() -> None:
+        client.abort_all(ApiError(503, "the server is shutting down"))
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -104,6 +109,7 @@ def _serve(client: Any, config: ServeConfig, sock: socket.socket, model: str | N
             finally:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.remove_signal_handler(number)
+                    signal.signal(number, signal.SIG_IGN)  # it is leaving, with its own exit code
 
         def leave(self, number: int = 0) -> None:
             if self.should_exit:
@@ -112,6 +118,8 @@ def _serve(client: Any, config: ServeConfig, sock: socket.socket, model: str | N
                 count = client.sequences
                 log.info("%s: no new requests; %d sequences finish",
                          signal.Signals(number).name, count)  # fmt: skip
+            if not service.door.draining:
+                asyncio.get_running_loop().call_later(config.drain_timeout, give_up)
             service.door.draining = True
             self.should_exit = True
 
@@ -126,7 +134,8 @@ def _serve(client: Any, config: ServeConfig, sock: socket.socket, model: str | N
             server_header=False,
             limit_concurrency=config.max_connections,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+            # A little later than what is told to those who wait: for readers that take nothing.
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout) + 2,
         )
     )
     client.on_dead = server.leave

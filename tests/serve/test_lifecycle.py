@@ -107,10 +107,14 @@ def test_sigterm_drains(start):
 
 def test_drain_has_a_limit(start):
     server = start("--drain-timeout", "1")
-    with open_long(server, stream=True):
+    with open_long(server, stream=True) as streamed, open_long(server) as whole:
         begun = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - begun < 8
+        assert read_all(whole).startswith(b"HTTP/1.1 503")
+        data = read_all(streamed)
+    assert b"shutting down" in data and b"data: [DONE]" in data
+    assert "Traceback" not in "".join(server.lines)
 
 
 def test_sigterm_while_loading(start):
