@@ -51,6 +51,7 @@ class Gate:
         try:
             self._check_key(scope)
             if scope["method"] in ("POST", "PUT", "PATCH"):
+                _check_type(scope)
                 body = await self._body(scope, receive)
                 held = scope["pyllmlite.size"] = len(body)
                 self._held += held
@@ -110,6 +111,13 @@ class Gate:
                 raise ApiError(503, "too many long requests at once", headers={"retry-after": "2"})
             if not message.get("more_body", False):
                 return b"".join(chunks)
+
+
+def _check_type(scope: Any) -> None:
+    """Besides the plain mistake: a web page may send other types anywhere, without being asked."""
+    given = next((v for k, v in scope["headers"] if k == b"content-type"), b"")
+    if given.split(b";")[0].strip().lower() != b"application/json":
+        raise ApiError(415, "the body must be JSON: content-type: application/json")
 
 
 def _replay(body: bytes, receive: Any) -> Any:

@@ -9,6 +9,7 @@ from pyllmlite.core.errors import RequestError
 from pyllmlite.core.sampling import SamplingParams
 from pyllmlite.serve.errors import ApiError
 from pyllmlite.serve.protocol import ChatRequest, CompletionRequest, Sampling
+from pyllmlite.serve.tools import forced_call
 
 # Fields whose name and meaning are the same on both sides.
 _SAME = (
@@ -17,7 +18,7 @@ _SAME = (
     "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-_HAS_STRUCTURED = "structured_outputs" in {field.name for field in fields(SamplingParams)}
+_FIELDS = {field.name for field in fields(SamplingParams)}
 
 
 def _make(given: dict[str, Any]) -> SamplingParams:
@@ -34,16 +35,21 @@ def _common(body: Sampling) -> dict[str, Any]:
         given["logit_bias"] = _bias(body.logit_bias)
     structured = _structured(body)
     if structured is not None:
-        if not _HAS_STRUCTURED:
-            raise ApiError(
-                400,
-                "constrained output (response_format with JSON, structured_outputs, guided_*) is "
-                "not supported by this engine; ask for the form in the prompt",
-                param="response_format",
-                code="unsupported",
-            )
-        given["structured_outputs"] = structured
+        given["structured_outputs"] = _supported(structured, "response_format")
     return given
+
+
+def _supported(structured: dict[str, Any], param: str) -> dict[str, Any]:
+    if "structured_outputs" not in _FIELDS:
+        raise ApiError(
+            400,
+            "constrained output (response_format with JSON, structured_outputs, guided_*, a "
+            "tool_choice that forces a call) is not supported by this engine; ask for the form in "
+            "the prompt",
+            param=param,
+            code="unsupported",
+        )
+    return structured
 
 
 def _bias(bias: dict[str, float]) -> dict[int, float]:
@@ -80,9 +86,11 @@ def completion_params(body: CompletionRequest) -> SamplingParams:
     """Of ``/v1/completions``."""
     if body.suffix:
         raise ApiError(400, "suffix is not supported", param="suffix", code="unsupported")
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ApiError(400, "best_of must equal n", param="best_of", code="unsupported")
     given = _common(body)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        if "best_of" not in _FIELDS:
+            raise ApiError(400, "best_of must equal n", param="best_of", code="unsupported")
+        given["best_of"] = body.best_of
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens 0 makes sense with echo only", param="max_tokens")
     # With echo alone one token is computed and not shown.
@@ -103,4 +111,7 @@ def chat_params(body: ChatRequest) -> SamplingParams:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if body.logprobs:
         given["logprobs"] = body.top_logprobs or 0
+    forced = forced_call(body)
+    if forced is not None:
+        given["structured_outputs"] = _supported({"json": forced}, "tool_choice")
     return _make(given)

@@ -56,6 +56,11 @@ def _url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _leave_early(*_: object) -> None:
+    """On SIGTERM before there is anything to drain."""
+    raise SystemExit(0)
+
+
 def run(engine_options: dict[str, Any], config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return.
 
@@ -68,6 +73,7 @@ def run(engine_options: dict[str, Any], config: ServeConfig) -> None:
     check_packages()
     logging.raiseExceptions = False  # a full disk under the log is no reason to stop
     sock = listen(config.host, config.port)
+    signal.signal(signal.SIGTERM, _leave_early)
     from pyllmlite.serve.client import EngineClient
 
     client = EngineClient(engine_options)

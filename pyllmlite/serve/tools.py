@@ -18,8 +18,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 def wanted_tools(body: ChatRequest) -> list[dict[str, Any]] | None:
-    """What the template is given; None: no tools.  ``ApiError`` for a choice that cannot be
-    forced."""
+    """What the template is given; None: no tools."""
     choice = body.tool_choice
     if not body.tools:
         if choice not in (None, "none", "auto"):
@@ -27,14 +26,37 @@ def wanted_tools(body: ChatRequest) -> list[dict[str, Any]] | None:
         return None
     if choice == "none":
         return None
-    if choice not in (None, "auto"):
-        raise ApiError(
-            400,
-            "tool_choice may be auto or none: a call cannot be forced",
-            param="tool_choice",
-            code="unsupported",
-        )
     return [tool.model_dump(exclude_none=True) for tool in body.tools]
+
+
+def forced_call(body: ChatRequest) -> dict[str, Any] | None:
+    """The JSON schema of the call that ``tool_choice`` forces; None: it forces none."""
+    choice, tools = body.tool_choice, body.tools or []
+    if choice in (None, "auto", "none"):
+        return None
+    if choice != "required":
+        function = choice.get("function") if isinstance(choice, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        tools = [tool for tool in tools if tool.function.name == name]
+        if not tools:
+            raise ApiError(
+                400,
+                "tool_choice is auto, none, required or one of the tools by its name",
+                param="tool_choice",
+            )
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": tool.function.parameters or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 def _call(text: str) -> dict[str, Any] | None:

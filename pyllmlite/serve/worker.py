@@ -12,6 +12,7 @@ client, stream]``; ``["abort", id]``; ``["snapshot", id]``.  Messages (dicts) ar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import logging
 import select
@@ -56,10 +57,10 @@ class Sent:
 
     def deltas(self, state: RequestState) -> list[list[Any]]:
         """What is new: ``[index, text, num_tokens, logprobs, finish_reason, stop_reason]``."""
+        if not self.stream:
+            return self._whole(state) if state.live == 0 else []
         found: list[list[Any]] = []
         request = state.request
-        if not self.stream and state.live:
-            return found
         while len(self.tokens) < len(request.sequences):
             self.tokens.append(0)
             self.chars.append(0)
@@ -69,6 +70,22 @@ class Sent:
                 if delta is not None:
                     found.append(delta)
         return found
+
+    @staticmethod
+    def _whole(state: RequestState) -> list[list[Any]]:
+        from pyllmlite.engine.outputs import request_output
+
+        return [
+            [
+                done.index,
+                done.text,
+                len(done.token_ids),
+                None if done.logprobs is None else [_logprobs(entry) for entry in done.logprobs],
+                done.finish_reason,
+                done.stop_reason,
+            ]
+            for done in request_output(state).outputs
+        ]
 
     def _delta(self, index: int, seq: Sequence, params: SamplingParams) -> list[Any] | None:
         from pyllmlite.engine.stop import held_back
@@ -241,8 +258,13 @@ class Worker:
 
 def params_to_wire(params: SamplingParams) -> dict[str, Any]:
     """The fields that differ from the defaults, as JSON can say them."""
-    default = vars(SamplingParams())
-    fields = {name: value for name, value in vars(params).items() if value != default[name]}
+    default = SamplingParams()
+    fields: dict[str, Any] = {}
+    for name in (field.name for field in dataclasses.fields(SamplingParams)):
+        value = getattr(params, name)
+        if value != getattr(default, name):
+            nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            fields[name] = dataclasses.asdict(value) if nested else value
     if params.logit_bias:  # a JSON object's names are strings
         fields["logit_bias"] = list(params.logit_bias.items())
     return fields

@@ -192,12 +192,12 @@ def test_what_is_no_request(short, data):
                                   "/detokenize"])  # fmt: skip
 def test_what_is_no_body(short, path, body):
     status, answer = exchange(short, request(path, body))
-    assert status in (400, 415) and json.loads(answer)["error"]["type"]
+    assert status == 400 and json.loads(answer)["error"]["type"]
 
 
 def test_other_content_types(short):
     data = request("/v1/completions", COMPLETION).replace(b"application/json", b"text/plain")
-    assert exchange(short, data)[0] in (400, 415)
+    assert exchange(short, data)[0] == 415
 
 
 def test_half_open_then_gone(short):

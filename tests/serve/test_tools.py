@@ -6,7 +6,7 @@ import pytest
 
 from pyllmlite.serve.errors import ApiError
 from pyllmlite.serve.protocol import ChatRequest
-from pyllmlite.serve.tools import ToolParser, wanted_tools
+from pyllmlite.serve.tools import ToolParser, forced_call, wanted_tools
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "<x>"}}\n</tool_call>'
 
@@ -44,10 +44,12 @@ def test_parse(text, shown, count, size):
     assert parse(text, size) == (shown, [("add", {"a": 1, "b": "<x>"})] * count)
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
 def body(**fields):
-    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
     return ChatRequest.model_validate(
-        {"messages": [{"role": "user", "content": "x"}], "tools": [tool], **fields}
+        {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL], **fields}
     )
 
 
@@ -55,6 +57,31 @@ def test_choice():
     assert wanted_tools(body())[0]["function"]["name"] == "add"
     assert wanted_tools(body(tool_choice="none")) is None
     assert wanted_tools(body(tools=None)) is None
-    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
-        with pytest.raises(ApiError, match="forced"):
-            wanted_tools(body(tool_choice=choice))
+    with pytest.raises(ApiError, match="needs tools"):
+        wanted_tools(body(tools=None, tool_choice="required"))
+
+
+def test_forced_call():
+    for choice in (None, "auto", "none"):
+        assert forced_call(body(tool_choice=choice)) is None
+    named = {"type": "function", "function": {"name": "add"}}
+    schema = forced_call(body(tool_choice=named))
+    assert schema == forced_call(body(tool_choice="required"))
+    assert schema["properties"]["name"] == {"const": "add"}
+    both = body(tools=[TOOL, {"type": "function", "function": {"name": "other"}}])
+    both.tool_choice = "required"
+    names = [s["properties"]["name"]["const"] for s in forced_call(both)["anyOf"]]
+    assert names == ["add", "other"]
+    both.tool_choice = named
+    assert forced_call(both) == schema
+    for choice in ("sometimes", {}, {"function": 3}, {"function": {"name": "nobody"}}):
+        with pytest.raises(ApiError, match="tool_choice"):
+            forced_call(body(tool_choice=choice))
+
+
+def test_forced_call_needs_an_engine_that_can(monkeypatch):
+    from pyllmlite.serve import params
+
+    monkeypatch.setattr(params, "_FIELDS", set())
+    with pytest.raises(ApiError, match="not supported"):
+        params.chat_params(body(tool_choice="required"))
