@@ -15,6 +15,7 @@ from pyllmlite.core.sampling import SamplingParams
 from pyllmlite.serve.client import EngineClient, Inbox, Ticket
 from pyllmlite.serve.errors import ApiError, left
 from pyllmlite.serve.settings import ServeConfig
+from pyllmlite.serve.sse import DONE, event
 
 log = logging.getLogger("pyllmlite.serve")
 
@@ -112,10 +113,10 @@ class Generation:
 
     async def items(self) -> AsyncIterator[Item]:
         """``(prompt, deltas, end)`` as they come, until every prompt has ended."""
-        left = len(self.prompts)
-        while left:
+        running = len(self.prompts)
+        while running:
             for item in await self._inbox.take():
-                left -= item[2] is not None
+                running -= item[2] is not None
                 yield item
 
     def watch(self, scope: Any, receive: Callable[[], Awaitable[Any]]) -> None:
@@ -190,7 +191,5 @@ class EventStream(Response):
             self._generation.close()
 
     async def _say(self, send: Any, error: ApiError) -> None:
-        from pyllmlite.serve.sse import DONE, event
-
         body = event(error.body()) + DONE
         await send({"type": "http.response.body", "body": body, "more_body": True})
