@@ -96,7 +96,7 @@ plugins += [f"pyllmlite_plugins.{name}" for name in find_packages(str(ROOT / "pl
 setup(
     packages=find_packages(include=["pyllmlite", "pyllmlite.*"]) + plugins,
     package_dir={"pyllmlite": "pyllmlite", "pyllmlite_plugins": "plugins"},
-    package_data={"pyllmlite": ["py.typed", "*.pyi"]},
+    package_data={"pyllmlite": ["py.typed", "*.pyi", "serve/*.html"]},
     ext_modules=[Extension("pyllmlite._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},
 )

@@ -18,6 +18,7 @@ from pyllmlite.cli import (
     plan,
     pull,
     quantize,
+    serve,
     serve_sim,
 )
 
@@ -36,6 +37,7 @@ app.command()(info.info)
 app.command()(info.plugins)
 app.command()(explain.explain)
 app.command()(quantize.quantize)
+app.command()(serve.serve)
 app.command("eval")(eval.evaluate)
 app.command()(plan.plan)
 bench.app.command("serve-sim")(serve_sim.serve_sim)

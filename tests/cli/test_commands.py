@@ -17,7 +17,7 @@ from pyllmlite.core.config import EngineConfig
 from pyllmlite.core.sampling import SamplingParams
 
 COMMANDS = ["run", "chat", "pull", "info", "plugins", "explain", "bench", "new-plugin", "quantize",
-            "eval", "plan"]  # fmt: skip
+            "eval", "plan", "serve"]  # fmt: skip
 
 
 def one_error_line(done, *words, code=1):
@@ -38,7 +38,7 @@ def test_help_names_every_command():
         assert command in result.output
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "explain", "bench"])
+@pytest.mark.parametrize("command", ["run", "chat", "explain", "bench", "serve"])
 def test_same_engine_options_everywhere(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -1,0 +1,132 @@
+"""What every request passes before a route sees it: keys, size and pace of the body."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from pyllmlite.serve.errors import ApiError, left
+from pyllmlite.serve.settings import ServeConfig
+
+# Open without a key: what tells whether the server lives, and the page, which asks for one.
+_OPEN = {"/", "/health", "/ready"}
+# Bytes of bodies that are being received, all connections together.
+_ALL_BODIES = 256 << 20
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        note: Called with the status of each request refused here.
+    """
+
+    def __init__(self, app: Any, config: ServeConfig, note: Callable[[int], None]) -> None:
+        self._app = app
+        self._config = config
+        self._note = note
+        self._keys = [_digest(key.encode()) for key in config.api_keys]
+        self._held = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["pyllmlite.arrival"] = time.monotonic()
+        held = 0
+        try:
+            self._check_key(scope)
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                _check_type(scope)
+                body = await self._body(scope, receive)
+                held = scope["pyllmlite.size"] = len(body)
+                self._held += held
+                receive = _replay(body, receive)
+                del body
+        except ApiError as error:
+            self._note(error.status)
+            # What is left of the body is not read, so the connection can serve nothing more.
+            error.headers = {**error.headers, "connection": "close"}
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._held -= held
+
+    def _check_key(self, scope: Any) -> None:
+        if not self._keys:
+            scope["pyllmlite.client"] = scope["client"][0] if scope["client"] else ""
+            return
+        if scope["path"] in _OPEN:
+            return
+        given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+        digest = _digest(given[7:].strip() if given[:7].lower() == b"bearer " else given)
+        # All keys are compared, each in constant time, so that time says nothing about them.
+        matches = [hmac.compare_digest(digest, key) for key in self._keys]
+        if not any(matches):
+            raise ApiError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        scope["pyllmlite.client"] = f"key-{matches.index(True)}"
+
+    async def _body(self, scope: Any, receive: Any) -> bytes:
+        limit = self._config.max_body
+        length = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        if length.isdigit() and int(length[:20]) > limit:
+            raise ApiError(413, f"the body may have at most {limit} bytes")
+        chunks: list[bytes] = []
+        size = 0
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._config.body_timeout
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), max(end - loop.time(), 0.001))
+            except asyncio.TimeoutError:
+                raise ApiError(408, "the body did not arrive in time") from None
+            if message["type"] == "http.disconnect":
+                raise left()
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > limit:
+                raise ApiError(413, f"the body may have at most {limit} bytes")
+            if size + self._held > _ALL_BODIES:
+                raise ApiError(503, "too many long requests at once", headers={"retry-after": "2"})
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+
+def _check_type(scope: Any) -> None:
+    """Besides the plain mistake: a web page may send other types anywhere, without being asked."""
+    given = next((v for k, v in scope["headers"] if k == b"content-type"), b"")
+    if given.split(b";")[0].strip().lower() != b"application/json":
+        raise ApiError(415, "the body must be JSON: content-type: application/json")
+
+
+def _replay(body: bytes, receive: Any) -> Any:
+    """The body in one message, then what comes behind it (that the client leaves)."""
+    pending: list[bytes] = [body]
+
+    async def replay() -> Any:
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
+        return await receive()
+
+    return replay
