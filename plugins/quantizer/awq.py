@@ -96,16 +96,18 @@ def search_scale(
     import torch
 
     shared = statistics.shared
-    inputs = _shared_mean(torch.from_numpy(statistics.mean_magnitude).float(), shared)
+    columns = torch.arange(weight.shape[1]) if shared is None else torch.from_numpy(shared).long()
+    inputs = _means(torch.from_numpy(statistics.mean_magnitude).float(), columns)
     alphas = [step / steps for step in range(steps)]
     tried = [inputs.pow(alpha) for alpha in alphas]
     if duo:
-        weights = _shared_mean(_relative_magnitude(weight, group_size), shared)
+        weights = _means(_relative_magnitude(weight, group_size), columns)
         tried += [inputs.pow(alpha) / (weights.pow(1 - alpha) + LEAST) for alpha in alphas]
     matrix = gram.float()
-    best, best_cost = torch.ones_like(inputs), float("inf")
-    for scale in tried:
-        scale = scale.clamp_(min=LEAST)
+    best, best_cost = torch.ones(weight.shape[1]), float("inf")
+    for made in tried:
+        # Taken apart only here: powers of equal numbers may differ from lane to lane.
+        scale = made.clamp(min=LEAST)[columns]
         scale = scale / (scale.max() * scale.min()).sqrt()
         if not bool(torch.isfinite(scale).all()):
             continue
@@ -125,13 +127,10 @@ def _relative_magnitude(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return relative.mean(dim=0).reshape(-1)[: weight.shape[1]]
 
 
-def _shared_mean(values: torch.Tensor, shared: np.ndarray | None) -> torch.Tensor:
-    """The mean over inputs that must get one scale."""
+def _means(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Means of the values ``[in]`` whose number in ``columns`` is the same, by that number."""
     import torch
 
-    if shared is None:
-        return values
-    index = torch.from_numpy(shared.astype(np.int64))
-    count = int(index.max()) + 1
-    sums = torch.zeros(count).index_add_(0, index, values)
-    return (sums / torch.bincount(index, minlength=count).clamp_(min=1))[index]
+    count = int(columns.max()) + 1 if len(columns) else 0
+    sums = torch.zeros(count).index_add_(0, columns, values)
+    return sums / torch.bincount(columns, minlength=count).clamp_(min=1)
