@@ -151,6 +151,7 @@ def main() -> None:
     for text in args.methods:
         settings, budget = parsed(text)
         started, before = time.perf_counter(), peak_memory()
+        cpu = time.process_time()  # of all threads
         if budget is not None:
             plan = plan_bits(source, settings, tokens, budget)
             settings = MethodSettings(
@@ -163,6 +164,7 @@ def main() -> None:
             )
         results = list(quantize_layers(source, settings, tokens))
         seconds, peak = time.perf_counter() - started, peak_memory()
+        cpu = time.process_time() - cpu
         model = LayeredModel(source)
         full = model.fill()
         for result in results:
@@ -173,6 +175,7 @@ def main() -> None:
             "bits": mean_bits(source, settings),
             **compare(reference, full, windows),
             "seconds": seconds,
+            "cpu_seconds": cpu,
             "peak_mb": peak,
             "before_mb": before,
         }
@@ -183,7 +186,8 @@ def main() -> None:
         print(
             f"{text}: {found['bits']:.3f} bits, KL {found['kl']:.4f} ± "
             f"{found['kl_standard_error']:.4f}, top-1 {found['top1_agreement']:.3f}, perplexity "
-            f"{found['perplexity']:.2f}, {seconds:.0f} s, peak {peak:.0f} MB (before {before:.0f})",
+            f"{found['perplexity']:.2f}, {seconds:.0f} s (CPU {cpu:.0f}), peak "
+            f"{peak:.0f} MB (before {before:.0f})",
             flush=True,
         )
 

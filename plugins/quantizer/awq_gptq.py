@@ -25,7 +25,7 @@ class AWQGPTQ(CalibratedQuantizer):
     of a row are solved for with the codes as they are.
 
     Options (``extra``): ``damping`` (0.1), ``alpha_steps`` (20; 0: no input scales), ``rounds``
-    (1), ``float_targets`` (false).
+    (1).
     """
 
     name = "awq-gptq"
@@ -35,7 +35,6 @@ class AWQGPTQ(CalibratedQuantizer):
         self.damping = self.number("damping", 0.1, 0.0, 10.0)
         self.steps = int(self.number("alpha_steps", 20, 0, 1000))
         self.rounds = int(self.number("rounds", 1, 0, 100))
-        self.float_targets = self.flag("float_targets", False)
 
     def calibrated(
         self,

@@ -6,15 +6,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyllmlite.compress.bits import plan_bits
+from pyllmlite.compress.calibration import DEFAULT_LENGTH, DEFAULT_SEQUENCES, calibration_tokens
 from pyllmlite.compress.layer_result import LayerResult
+from pyllmlite.compress.layerwise import MethodSettings, Quantizers, quantize_layers
 from pyllmlite.compress.shard import write_text
-from pyllmlite.core.errors import ConfigError, ModelError
+from pyllmlite.core.errors import ModelError
+from pyllmlite.hooks.registry import Registry
 
 if TYPE_CHECKING:
     from pyllmlite.compress.hf_view import HFView
@@ -27,7 +30,7 @@ class CalibratedMethod:
     """Goes through the layers by :func:`pyllmlite.compress.layerwise.quantize_layers`.
 
     Raises:
-        ConfigError: This installation has no layer walk (it needs torch).
+        ConfigError, PluginError: Settings that cannot work, or that the method does not read.
     """
 
     calibrated = True
@@ -35,25 +38,18 @@ class CalibratedMethod:
     def __init__(self, view: HFView, settings: Settings) -> None:
         self.view = view
         self.settings = settings
-        try:
-            self.walk: Any = import_module("pyllmlite.compress.layerwise")
-            self.texts: Any = import_module("pyllmlite.compress.calibration")
-        except ImportError as error:
-            raise ConfigError(
-                f"method {settings.method!r} needs calibration, and this installation lacks a part "
-                f"of it: {error}"
-            ) from None
-        if settings.bits_budget is not None:
-            try:
-                self.planner: Any = import_module("pyllmlite.compress.bits")
-            except ImportError:
-                raise ConfigError(
-                    "this installation has no planner for --bits-budget; give the bits of single "
-                    "matrices: --plan FILE"
-                ) from None
-        self.num_sequences = settings.num_sequences or self.texts.DEFAULT_SEQUENCES
+        self.asked = MethodSettings(
+            quantizer=settings.method,
+            bits=settings.bits,
+            group_size=settings.group_size,
+            symmetric=settings.symmetric,
+            plan=dict(settings.plan),
+            extra=dict(settings.extra),
+        )
+        Quantizers(view.source, self.asked, Registry.load())  # refused now, not behind the text
+        self.num_sequences = settings.num_sequences or DEFAULT_SEQUENCES
         positions = view.source.spec.max_position_embeddings
-        self.seq_len = settings.seq_len or min(self.texts.DEFAULT_LENGTH, positions)
+        self.seq_len = settings.seq_len or min(DEFAULT_LENGTH, positions)
         path = Path(settings.calibration)
         self.text_sha256 = (
             hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -77,25 +73,17 @@ class CalibratedMethod:
     ) -> Iterator[LayerResult]:
         """Results under the checkpoint's names; ``scratch`` keeps the tokens, so that a run that
         goes on has the very same."""
-        settings = self.settings
-        asked = self.walk.MethodSettings(
-            quantizer=settings.method,
-            bits=settings.bits,
-            group_size=settings.group_size,
-            symmetric=settings.symmetric,
-            plan=dict(settings.plan),
-            extra=dict(settings.extra),
-        )
-        tokens = self._tokens(note, scratch)
-        if settings.bits_budget is not None:
-            asked = replace(asked, plan=self._plan(asked, tokens, note, scratch))
+        tokens, asked = self._tokens(note, scratch), self.asked
+        if self.settings.bits_budget is not None:
+            plan = self._plan(asked, tokens, self.settings.bits_budget, note, scratch)
+            asked = replace(asked, plan=plan)
 
         def known(index: int) -> LayerResult | None:
             found = done(index)
             return None if found is None else self._renamed(found, self._theirs(index))
 
         note("layer 0")
-        for result in self.walk.quantize_layers(self.view.source, asked, tokens, done=known):
+        for result in quantize_layers(self.view.source, asked, tokens, done=known):
             ours = self.view.layer_prefix(result.index)
             yield self._renamed(result, ours)
             note(f"layer {result.index + 1}")
@@ -116,14 +104,19 @@ class CalibratedMethod:
 
         settings = self.settings
         note("calibration text")
-        tokens = self.texts.calibration_tokens(
+        tokens = calibration_tokens(
             self.view.source, settings.calibration, *wanted, settings.seed, progress
         )
         np.save(path, tokens, allow_pickle=False)
-        return np.asarray(tokens)
+        return tokens
 
     def _plan(
-        self, asked: Any, tokens: np.ndarray, note: Callable[[str], None], scratch: Path
+        self,
+        asked: MethodSettings,
+        tokens: np.ndarray,
+        budget: float,
+        note: Callable[[str], None],
+        scratch: Path,
     ) -> dict[str, int]:
         """Bits of every matrix within the budget; kept, so that a run that goes on has the same."""
         path = scratch / PLAN
@@ -131,13 +124,15 @@ class CalibratedMethod:
             found: dict[str, int] = json.loads(path.read_text())
             return found
         note("planning bits")
-        made = self.planner.plan_bits(
-            self.view.source, asked, tokens, self.settings.bits_budget,
+        made = plan_bits(
+            self.view.source,
+            asked,
+            tokens,
+            budget,
             progress=lambda done, total: note(f"planning bits: {done} of {total}"),
-        )  # fmt: skip
-        plan = {name: int(bits) for name, bits in made.plan.items()}
-        write_text(path, json.dumps(plan))
-        return plan
+        )
+        write_text(path, json.dumps(made.plan))
+        return made.plan
 
     def _theirs(self, index: int) -> str:
         """transformers' prefix of a layer: the checkpoint's, with the body's own in front, which a

@@ -53,20 +53,3 @@ class Gram:
             )
         magnitude = (self.magnitudes / count).float().numpy()
         return InputStatistics(self.tokens, gram, magnitude, shared)
-
-
-class CrossGram:
-    """``D^T X`` float64 of differences ``D`` ``[tokens, n]`` and inputs ``X`` ``[tokens, m]``."""
-
-    def __init__(self, n: int, m: int) -> None:
-        import torch
-
-        self.sums = torch.zeros((n, m), dtype=torch.float64)
-        self.tokens = 0
-
-    def add(self, differences: torch.Tensor, inputs: torch.Tensor) -> None:
-        self.sums += differences.T @ inputs
-        self.tokens += inputs.shape[0]
-
-    def mean(self) -> torch.Tensor:
-        return self.sums / max(self.tokens, 1)

@@ -23,8 +23,6 @@ class LayerRun:
         layer: The module; its linear weights may be replaced between stages.
         calls: The layer's arguments besides the hidden states, for every chunk.
         hidden: Chunks ``[batch, length, hidden]`` of hidden states before the layer.
-        keep_middle: Keep the hidden states between attention and MLP in ``middle``, while the third
-            stage's inputs are computed.
     """
 
     def __init__(
@@ -33,12 +31,9 @@ class LayerRun:
         layout: LayerLayout,
         calls: list[LayerCall],
         hidden: list[torch.Tensor],
-        keep_middle: bool = False,
     ) -> None:
         self.layer, self.layout, self.calls, self.hidden = layer, layout, calls, hidden
         self._kept: dict[str, list[torch.Tensor]] = {}
-        self.keep_middle = keep_middle
-        self.middle: list[torch.Tensor] = []
 
     def inputs(self, stage: int) -> Iterator[torch.Tensor]:
         """Inputs ``[tokens, in_features]`` of the stage's modules, chunk by chunk."""
@@ -76,20 +71,13 @@ class LayerRun:
             seen.append(args[0])
             raise _Reached
 
-        def pass_by(_: Any, args: tuple[Any, ...]) -> None:
-            self.middle.append(args[0])
-
-        handles = [self.layer.get_submodule(module).register_forward_pre_hook(take)]
-        norm = self.layout.stages[2].norm
-        if stage == 2 and norm is not None and self.keep_middle:
-            handles.append(self.layer.get_submodule(norm).register_forward_pre_hook(pass_by))
+        handle = self.layer.get_submodule(module).register_forward_pre_hook(take)
         try:
             self._run(index, min(self._kept_blocks(), 1 if stage >= 2 else 0))
         except _Reached:
             pass
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         return seen[0]
 
     def _run(self, index: int, kept_blocks: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyllmlite.compress.folding import Folder
-from pyllmlite.compress.gram import CrossGram, Gram
+from pyllmlite.compress.gram import Gram
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layer_run import LayerRun
 from pyllmlite.compress.layered_model import LayeredModel, Stage
@@ -23,6 +23,7 @@ from pyllmlite.core.errors import ConfigError, PluginError
 from pyllmlite.core.weights import LinearShape, LinearWeight
 from pyllmlite.hooks.quantizer import InputStatistics, QuantizerNeeds
 from pyllmlite.hooks.registry import Registry
+from pyllmlite.model.options import Options
 
 if TYPE_CHECKING:
     import torch
@@ -107,16 +108,18 @@ class Quantizers:
                     "inputs; use 0 for one group a row"
                 )
         self._made: dict[int | None, Quantizer] = {}
+        options = Options(dict(settings.extra))
         for bits in dict.fromkeys([settings.bits, *settings.plan.values()]):
             symmetric = settings.symmetric
             group_size = settings.group_size
             if bits == 8 and bits != settings.bits:  # the few that are kept better
                 symmetric, group_size = None, None
             needs = QuantizerNeeds(
-                "cpu", "bf16", shapes, bits, group_size, symmetric, dict(settings.extra)
+                "cpu", "bf16", shapes, bits, group_size, symmetric, options
             )
             cls = registry.select("quantizer", settings.quantizer, needs).cls
             self._made[bits] = cls(needs)
+        options.check()
 
     @property
     def needs_calibration(self) -> bool:
@@ -124,10 +127,6 @@ class Quantizers:
 
     def of(self, name: str) -> Quantizer:
         return self._made[self.settings.plan.get(name, self.settings.bits)]
-
-    @property
-    def float_targets(self) -> bool:
-        return any(quantizer.float_targets for quantizer in self._made.values())
 
 
 class _Walk:
@@ -140,12 +139,8 @@ class _Walk:
         self.spec = model.source.spec
         self.folder = Folder(model)
         self.hidden: list[torch.Tensor] | None = None
-        self.float_hidden: list[torch.Tensor] | None = None
         if tokens is not None:
             self._enter(tokens)
-            if quantizers.float_targets and not self.spec.post_norms:
-                assert self.hidden is not None
-                self.float_hidden = list(self.hidden)
 
     def _enter(self, tokens: np.ndarray) -> None:
         import torch
@@ -161,9 +156,9 @@ class _Walk:
             size: self.model.layer_arguments(size, length) for size in dict.fromkeys(self.sizes)
         }
 
-    def _run_of(self, index: int, layer: Any, hidden: list[torch.Tensor], middle: bool) -> LayerRun:
+    def _run_of(self, index: int, layer: Any, hidden: list[torch.Tensor]) -> LayerRun:
         calls = [self.calls[size][index] for size in self.sizes]
-        return LayerRun(layer, self.model.layout, calls, hidden, keep_middle=middle)
+        return LayerRun(layer, self.model.layout, calls, hidden)
 
     # -- a layer ---------------------------------------------------------------------------
     def skip(self, result: LayerResult) -> LayerResult:
@@ -172,33 +167,25 @@ class _Walk:
         if self.hidden is None or index + 1 == len(self.model.layers):
             return result
         layer = self.model.layer(index)
-        if self.float_hidden is not None:
-            self.float_hidden = list(self._run_of(index, layer, self.float_hidden, False).outputs())
         install(self.model, layer, result)
-        self.hidden = list(self._run_of(index, layer, self.hidden, False).outputs())
+        self.hidden = list(self._run_of(index, layer, self.hidden).outputs())
         return result
 
     def quantize(self, index: int) -> LayerResult:
         layer = self.model.layer(index)
         result = LayerResult(index, {})
-        run = float_run = None
-        if self.hidden is not None:
-            run = self._run_of(index, layer, self.hidden, self.float_hidden is not None)
-        if self.float_hidden is not None:
-            float_run = self._run_of(index, self.model.layer(index), self.float_hidden, True)
+        run = None if self.hidden is None else self._run_of(index, layer, self.hidden)
         scaled = False
         for number, stage in enumerate(self.model.layout.stages):
-            scaled |= self._stage(number, stage, layer, run, float_run, result)
+            scaled |= self._stage(number, stage, layer, run, result)
         if run is None or index + 1 == len(self.model.layers):
             return result
         if scaled or result.changed:
             # Ops took over scales of the inputs behind them, and rounded them: the layer runs once
             # more as it will be, and as a run that finds it done sees it.
             install(self.model, layer, result)
-            run = self._run_of(index, layer, run.hidden, False)
+            run = self._run_of(index, layer, run.hidden)
         self.hidden = list(run.outputs())
-        if float_run is not None:
-            self.float_hidden = list(float_run.outputs())
         return result
 
     def _stage(
@@ -207,7 +194,6 @@ class _Walk:
         stage: Stage,
         layer: Any,
         run: LayerRun | None,
-        float_run: LayerRun | None,
         result: LayerResult,
     ) -> bool:
         """One fused matrix; True: rows of a matrix before it were scaled."""
@@ -218,16 +204,13 @@ class _Walk:
             name, stage.kind, weight.shape[0], weight.shape[1], stage.kind == "gate_up"
         )
         quantizer = self.quantizers.of(name)
-        target, statistics = weight, None
+        statistics = None
         if run is not None:
             gram = Gram(shape.in_features)
-            if float_run is None:
-                for inputs in run.inputs(number):
-                    gram.add(inputs)
-                statistics = gram.statistics(name, self.folder.shared(stage.kind))
-            else:
-                target, statistics = self._float_target(number, weight, name, gram, run, float_run)
-        made = quantizer.quantize(shape, target, statistics)
+            for inputs in run.inputs(number):
+                gram.add(inputs)
+            statistics = gram.statistics(name, self.folder.shared(stage.kind))
+        made = quantizer.quantize(shape, weight, statistics)
         if made.shape != weight.shape:
             raise PluginError(
                 f"quantizer {quantizer.name!r} returned codes of shape {list(made.shape)} for "
@@ -245,41 +228,6 @@ class _Walk:
                 set_weight(layer, module, effective[first:last])
             first = last
         return scaled
-
-    def _float_target(
-        self,
-        number: int,
-        weight: np.ndarray,
-        name: str,
-        gram: Gram,
-        run: LayerRun,
-        float_run: LayerRun,
-    ) -> tuple[np.ndarray, InputStatistics]:
-        """The weight that on the quantized model's inputs comes nearest to the float model's
-        outputs: of attn_out and mlp_down to its residual stream behind them."""
-        import torch
-
-        from pyllmlite.compress.targets import corrected
-
-        ridge = self.quantizers.settings.extra.get("ridge", 0.01)
-        n = weight.shape[1]
-        cross = CrossGram(n, n)
-        stream = CrossGram(weight.shape[0], n) if number in (1, 3) else None
-        for i, (inputs, floats) in enumerate(
-            zip(run.inputs(number), float_run.inputs(number), strict=True)
-        ):
-            gram.add(inputs)
-            cross.add(floats - inputs, inputs)
-            if stream is not None:
-                one = (run.hidden if number == 1 else run.middle)[i]
-                two = (float_run.hidden if number == 1 else float_run.middle)[i]
-                stream.add((two - one).reshape(-1, weight.shape[0]), inputs)
-        kind = self.model.layout.stages[number].kind
-        statistics = gram.statistics(name, self.folder.shared(kind))
-        wanted = torch.from_numpy(weight).double() @ cross.mean()
-        if stream is not None:
-            wanted += stream.mean()
-        return corrected(weight, statistics.gram, wanted, ridge), statistics
 
 
 # -- weights of modules ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from pyllmlite.hooks.registry import Registry
 from pyllmlite.model.hub import DEFAULT_MODEL
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
+
+log = logging.getLogger(__name__)
 
 
 class Watcher:
@@ -76,6 +79,13 @@ def quantize_model(
     source = open_model(model)
     view = HFView(source)
     settings = completed(settings, view)
+    if source.quantized and not settings.is_cast:
+        log.warning(
+            "%s: its weights are quantized already (%s) and are rounded once more: the losses add "
+            "up; quantize the float model if there is one",
+            source.path,
+            source.stored_dtype,
+        )
     prose = read_text(eval_text) if eval_windows else None
     method = method_of(settings, view)
     layout = None

@@ -54,13 +54,10 @@ class Quantizer(Strategy):
         needs_calibration: :meth:`quantize` needs statistics of the matrix's inputs.
         rowwise: Each output row is quantized by itself, without input scale or permutation:
             the loader may then hand over some rows at a time and never holds a big matrix twice.
-        float_targets: With calibration: the weight handed to :meth:`quantize` is the one that, on
-            the quantized model's inputs, comes nearest to what the float model computes.
     """
 
     contract = "quantizer"
     needs_calibration: bool = False
-    float_targets: bool = False
     rowwise: bool = False
 
     def __init__(self, needs: QuantizerNeeds) -> None:

@@ -21,7 +21,7 @@ from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
 from pyllmlite.model.draft_runner import open_draft_model
 from pyllmlite.model.options import Options
 from pyllmlite.model.source import ModelSource, open_model
-from pyllmlite.model.weights import plan_matrices
+from pyllmlite.model.weights import keeps_codes, plan_matrices
 from pyllmlite.runtime.native import native
 from pyllmlite.runtime.program import ITEM_BYTES, Program, ProgramBuilder
 
@@ -167,6 +167,14 @@ def build(
         device, dtype, shapes, config.bits, config.group_size, config.symmetric, options
     )
     quantizer = _make(select("quantizer", config.quantizer, quantizer_needs), quantizer_needs)
+    if quantizes and not keeps_codes(source, quantizer):
+        log.warning(
+            "%s: its weights are quantized already (%s), and quantizer %r rounds them once more: "
+            "the losses add up; without quantizer and bits they run as they are stored",
+            source.path,
+            source.stored_dtype,
+            quantizer.name,
+        )
 
     weight_bytes = _expected_weight_bytes(source, quantizer, shapes)
     available = available_memory()

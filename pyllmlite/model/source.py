@@ -181,6 +181,7 @@ class ModelSource:
         is_gguf = isinstance(checkpoint, GGUFCheckpoint)
         if isinstance(checkpoint, GGUFCheckpoint) and architecture.gguf_config is not None:
             architecture.gguf_config(config, checkpoint.metadata)
+            architecture = find_architecture(str(config.get("model_type")))
         try:
             spec = architecture.spec(Config(config))
         except ModelError as error:

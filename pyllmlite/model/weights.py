@@ -134,6 +134,16 @@ def plan_matrices(spec: ModelSpec) -> list[MatrixPlan]:
     return plans
 
 
+def keeps_codes(source: ModelSource, quantizer: Quantizer) -> bool:
+    """False: a matrix of a layer arrives in codes, and the quantizer rounds it once more."""
+    for plan in plan_matrices(source.spec):
+        tensors = [source.raw(part.name) for part in plan.parts]
+        if plan.shape.name.startswith("layers.") and any(t and t.is_codes for t in tensors):
+            if _stored_layouts(source, plan, quantizer) is None:
+                return False
+    return True
+
+
 def load_matrix(
     source: ModelSource, plan: MatrixPlan, quantizer: Quantizer
 ) -> PackedMatrix | SplitMatrix:

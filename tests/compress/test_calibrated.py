@@ -1,8 +1,7 @@
-"""How methods that calibrate plug in, with a layer walk that stands in for the real one."""
+"""How methods that calibrate plug in: with a stand-in for the layer walk, and as a whole."""
 
-import sys
+import json
 import types
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -11,21 +10,12 @@ from pyllmlite.compress import calibrated
 from pyllmlite.compress.calibrated import CalibratedMethod
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layer_result import LayerResult
+from pyllmlite.compress.quantize import Watcher, quantize_model
 from pyllmlite.compress.settings import Settings
 from pyllmlite.core.errors import ConfigError
 from pyllmlite.model.source import open_model
 
 NORM = "input_layernorm.weight"
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    quantizer: str
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
-    plan: dict = field(default_factory=dict)
-    extra: dict = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -47,17 +37,11 @@ def walk(monkeypatch):
     def plan_bits(source, settings, tokens, budget, progress):
         return types.SimpleNamespace(plan={"layers.0.qkv": int(budget) + 2})
 
-    modules = {
-        "layerwise": {"quantize_layers": quantize_layers, "MethodSettings": MethodSettings},
-        "calibration": {
-            "calibration_tokens": calibration_tokens, "DEFAULT_SEQUENCES": 3, "DEFAULT_LENGTH": 900,
-        },
-        "bits": {"plan_bits": plan_bits},
-    }  # fmt: skip
-    for name, members in modules.items():
-        module = types.ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, f"pyllmlite.compress.{name}", module)
+    stand_ins = (quantize_layers, calibration_tokens, plan_bits)
+    for function in stand_ins:
+        monkeypatch.setattr(calibrated, function.__name__, function)
+    monkeypatch.setattr(calibrated, "DEFAULT_SEQUENCES", 3)
+    monkeypatch.setattr(calibrated, "DEFAULT_LENGTH", 900)
     return seen
 
 
@@ -78,15 +62,6 @@ def test_names_tokens_and_plan(walk, model, tmp_path):
     assert method.facts()["text"] == "self" and method.facts()["sha256"] is None
 
 
-def test_a_part_that_is_missing(monkeypatch, model):
-    def missing(name):
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(calibrated, "import_module", missing)
-    with pytest.raises(ConfigError, match="needs calibration"):
-        CalibratedMethod(HFView(open_model(model)), Settings("gptq"))
-
-
 def test_a_file_of_text_is_known_by_its_content(walk, model, tmp_path):
     (tmp_path / "text.txt").write_text("some words")
     view = HFView(open_model(model))
@@ -94,3 +69,43 @@ def test_a_file_of_text_is_known_by_its_content(walk, model, tmp_path):
     (tmp_path / "text.txt").write_text("other words")
     two = CalibratedMethod(view, Settings("gptq", calibration=str(tmp_path / "text.txt")))
     assert one.text_sha256 != two.text_sha256
+
+
+class CutOff(Watcher):
+    """Ends the run once a layer is written."""
+
+    def layer(self, index, seconds, resumed):
+        if not resumed:
+            raise KeyboardInterrupt
+
+
+def contents(directory):
+    return {f.name: f.read_bytes() for f in directory.iterdir() if f.suffix == ".safetensors"}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq-gptq"])
+def test_from_the_model_to_a_directory(method, model, tmp_path):
+    """The model writes its own text; a run that was cut off ends in the same bytes."""
+    pytest.importorskip("torch")
+    settings = Settings(method, group_size=32, num_sequences=2, seq_len=24)
+    whole = quantize_model(model, tmp_path / "whole", settings, eval_windows=1, eval_length=16)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(
+                model, tmp_path / "cut", settings, eval_windows=0, watcher=CutOff(),
+            )  # fmt: skip
+    quantize_model(model, tmp_path / "cut", settings, eval_windows=0)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+    facts = json.loads((tmp_path / "whole" / "quantize.json").read_text())
+    assert facts["calibration"] == {
+        "text": "self", "sha256": None, "num_sequences": 2, "seq_len": 24, "seed": 0,
+    }  # fmt: skip
+    assert facts == whole.facts and 0 < facts["measured"]["kl"] < 1
+    assert method in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_an_option_that_nobody_reads(model, tmp_path):
+    settings = Settings("gptq", extra={"dampning": 0.1}, num_sequences=1, seq_len=8)
+    with pytest.raises(ConfigError, match="dampning.*did you mean 'damping'"):
+        quantize_model(model, tmp_path / "out", settings, eval_windows=0)
+    assert not list(tmp_path.iterdir())

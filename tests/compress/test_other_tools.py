@@ -124,13 +124,14 @@ def test_gptq_by_an_unpacking_of_its_own(llama, tmp_path, symmetric):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "bloom", "mpt",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "bloom", "mpt",
      "llama3", "llama-yarn", "phi3-longrope"],
 )  # fmt: skip
 def test_gguf_becomes_a_directory_of_its_family(tmp_path, name):
     """Names, configs and rows are turned around: transformers makes the same logits of it."""
     model = reference(TINY[name](tmp_path / "hf"))
     metadata = {
+        "mistral": {"attention__sliding_window": 24},
         "gemma2": {"attention__scale": 24**-0.5},
         "gemma3": {"attention__scale": 20**-0.5, "attention__sliding_window_pattern": 2},
     }.get(name, {})

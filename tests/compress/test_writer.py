@@ -91,6 +91,16 @@ def test_codes_reach_the_kernel_as_they_were_written(model, tmp_path, layout, sy
     np.testing.assert_array_equal(packed.unpack(), codes.float32())
 
 
+def test_codes_that_are_rounded_again_are_said(model, tmp_path, caplog):
+    first = quantize(model, tmp_path / "first", bits=8).path
+    assert not caplog.messages
+    quantize(first, tmp_path / "floats", method="bf16")  # a cast rounds to no codes
+    assert not caplog.messages
+    quantize(first, tmp_path / "second", group_size=32)
+    assert len(caplog.messages) == 1
+    assert "quantized already (pack-quantized-int8) and are rounded once more" in caplog.text
+
+
 @pytest.mark.parametrize("stop", [0, 1])
 def test_goes_on_where_it_was_cut_off(model, tmp_path, stop):
     whole = quantize(model, tmp_path / "whole", group_size=32)

@@ -86,10 +86,10 @@ def test_a_file_of_every_type(kind, tmp_path):
     assert not tensor.raw().flags.writeable
 
 
-# GGUF of these cannot say what the config says: Mistral's window, Qwen2's windows, dynamic scaling.
+# Not here: Qwen2's windows and dynamic scaling, which GGUF cannot say.
 GGUF_MODELS = ["llama", "llama-mha", "llama-mqa", "llama-linear", "llama-yarn", "llama3", "qwen2",
-               "qwen3", "gemma2", "gemma3", "phi3", "phi3-partial", "phi3-longrope", "gpt2",
-               "bloom", "mpt"]  # fmt: skip
+               "qwen3", "mistral", "gemma2", "gemma3", "phi3", "phi3-partial", "phi3-longrope",
+               "gpt2", "bloom", "mpt"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GGUF_MODELS)
@@ -100,6 +100,8 @@ def test_architectures_equal_the_safetensors_reader(name, tmp_path):
         extra = {"attention__scale": 24**-0.5}
     if name == "gemma3":
         extra = {"attention__scale": 20**-0.5, "attention__sliding_window_pattern": 2}
+    if name == "mistral":  # which GGUF calls llama: the window tells
+        extra = {"attention__sliding_window": 24}
     file = write_gguf(reference(path), tmp_path / "model.gguf", **extra)
     expected, found = open_checkpoint(path), open_checkpoint(file)
     assert set(found.names()) == set(expected.names())

@@ -219,13 +219,39 @@ def test_configs_in_files_of_their_own(tmp_path):
         np.testing.assert_array_equal(source.get("layers.0.down.weight"), want)
 
 
-def test_a_quantizer_may_round_again(tmp_path):
-    """Asked for by name, as with any checkpoint: the stored values are quantized anew."""
+@pytest.mark.parametrize("asked", [{"quantizer": "rtn", "bits": 4}, {"bits": 4}])
+def test_a_quantizer_may_round_again_and_says_so(asked, tmp_path, caplog):
+    """Asked for by name or bits, as with any checkpoint: the stored values are quantized anew."""
     write(tmp_path, LAYOUTS["gptq-8bit"])
     tokens = [3, 4, 5, 60, 61]
     exact = program_logits(build_tiny(tmp_path), tokens)
-    again = program_logits(build_tiny(tmp_path, quantizer="rtn", bits=4), tokens)
+    assert not caplog.messages
+    again = program_logits(build_tiny(tmp_path, **asked), tokens)
     assert 0 < np.linalg.norm(again - exact) < 0.5 * np.linalg.norm(exact)
+    assert len(caplog.messages) == 1
+    assert "quantized already (gptq-int8), and quantizer 'rtn' rounds them once" in caplog.text
+
+
+def test_a_quantizer_that_keeps_the_codes_says_nothing(tmp_path, caplog):
+    write(tmp_path, INT8_LAYOUTS["llm-int8"])
+    build_tiny(tmp_path, quantizer="int8")
+    build_tiny(tmp_path, quantizer="none")
+    assert not caplog.messages
+
+
+def test_a_scheme_of_the_kv_cache_is_not_followed_and_that_is_said(tmp_path, caplog):
+    write(tmp_path, LAYOUTS["pack-symmetric"])
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    settings(tmp_path, lambda config: config.update(kv_cache_scheme=None))
+    expected = open_checkpoint(tmp_path).get("layers.0.q.weight")
+    assert not caplog.messages
+    settings(tmp_path, lambda config: config.update(kv_cache_scheme=scheme))
+    rewrite(tmp_path, lambda tensors: tensors.update(
+        {f"model.layers.{i}.self_attn.k_scale": np.ones(1, np.float32) for i in range(2)}
+    ))  # fmt: skip
+    source = open_checkpoint(tmp_path)
+    np.testing.assert_array_equal(source.get("layers.0.q.weight"), expected)
+    assert len(caplog.messages) == 1 and "kv_cache_scheme is not followed" in caplog.text
 
 
 def test_shape_of_a_layout_is_what_the_quantizer_sees(tmp_path):

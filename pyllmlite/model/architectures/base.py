@@ -188,7 +188,8 @@ class Architecture:
         spec: Config to spec.
         tensors: Names in a safetensors checkpoint.
         prefixes: What ``{p}`` may be; the first under which ``embed`` is found counts.
-        gguf_config: Adjusts the config made from a GGUF's metadata (config, metadata).
+        gguf_config: Adjusts the config made from a GGUF's metadata (config, metadata); it may name
+            the family more exactly (``model_type``).
         gguf_tensors: Entries that differ from the names of ``gguf_names.py``.
     """
 

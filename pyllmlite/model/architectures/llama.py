@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from pyllmlite.core.spec import ModelSpec
@@ -42,7 +45,16 @@ _GGUF = {
     **linear("layers.{i}.k", "blk.{i}.attn_k", _k_order),
 }
 
+
+def _named_after_its_window(config: dict[str, Any], metadata: Mapping[str, Any]) -> None:
+    """GGUF calls Mistral llama too; Llama itself has no window."""
+    if config.get("sliding_window"):
+        config["model_type"] = "mistral"
+
+
 ARCHITECTURES = (
-    Architecture(("llama",), llama, LLAMA_TENSORS, gguf_tensors=_GGUF),
+    Architecture(
+        ("llama",), llama, LLAMA_TENSORS, gguf_tensors=_GGUF, gguf_config=_named_after_its_window
+    ),
     Architecture(("mistral",), mistral, LLAMA_TENSORS, gguf_tensors=_GGUF),
 )

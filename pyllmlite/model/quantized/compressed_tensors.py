@@ -10,11 +10,13 @@ Of a matrix ``[out, in]``:
   by the order of activations.
 
 ``w = scale * (code - zero)``.  Which inputs are quantized, and how, stands in the config's groups;
-those that are quantized per token as the model runs (``dynamic``) are read.
+those that are quantized per token as the model runs (``dynamic``) are read.  A ``kv_cache_scheme``
+is not: keys and values are stored as the cache is asked to.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ from pyllmlite.model.quantized.tensor import (
     parts_of,
     unpack_words,
 )
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("pack-quantized", "int-quantized")
 
@@ -82,7 +86,15 @@ def compressed_tensors_reader(settings: Mapping[str, Any]) -> Callable[[Checkpoi
     default = settings.get("format")
     schemes = [_scheme(name, group, default) for name, group in groups.items()]
 
+    kv_scheme = settings.get("kv_cache_scheme")
+
     def read(base: Checkpoint) -> Checkpoint:
+        if kv_scheme:
+            log.warning(
+                "%s: its kv_cache_scheme is not followed: keys and values are kept in "
+                "kv_cache_dtype, and the scales stored for them are not read",
+                base.path,
+            )
         made: list[QuantizedTensor] = []
         for packed in (True, False):
             codes = "weight_packed" if packed else "weight"
