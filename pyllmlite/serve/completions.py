@@ -17,7 +17,10 @@ class Logprobs:
         self._offset = offset
 
     def body(self, entries: list[Any]) -> dict[str, list[Any]]:
-        tokens, chosen, top, offsets = [], [], [], []
+        tokens: list[str] = []
+        chosen: list[float | None] = []
+        top: list[dict[str, Any] | None] = []
+        offsets: list[int] = []
         for entry in entries:
             text = entry[0][2] or ""
             tokens.append(text)

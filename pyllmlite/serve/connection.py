@@ -29,7 +29,7 @@ def connection_class(header_timeout: float) -> type[HttpToolsProtocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+            self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required, typeddict-unknown-key]
             self._header_bytes = 0
             self._in_header = True
             self._arm()

@@ -182,7 +182,7 @@ class Worker:
         if sent is None:
             return None
         deltas = sent.deltas(state)
-        end = None
+        end: dict[str, Any] | None = None
         if state.live == 0:
             del self._sent[request.id]
             end = {

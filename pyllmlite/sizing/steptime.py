@@ -50,7 +50,7 @@ class Efficiency:
     source: str = ""
 
 
-# Two threads of a Zen 4: reading weights at one row, int8 products at 512 rows, prefill attention at
+# Two threads of a Zen 4: weights read at one row, int8 products at 512 rows, prefill attention at
 # 512 tokens, bench overhead.  The other shares are estimates; all of them carry over to other CPUs
 # roughly, which is why --measure times the kernels.
 CPU = Efficiency(

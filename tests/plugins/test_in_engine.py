@@ -167,14 +167,14 @@ def test_the_reference_attention_agrees(models, alone, alone_int8, model, cache)
 
 
 @pytest.mark.skipif(
-    "prompt-lookup" not in Registry.load().names("decoder"),
+    "fair" not in Registry.load().names("scheduler"),
     reason="examples/python-plugin is not installed",
 )
 @pytest.mark.parametrize("model", MODELS)
 def test_example_plugins_in_the_engine(models, alone, model):
     prompts, params = requests()
     memory = SMALL[model]
-    llm = load(models[model], scheduler="fair", proposer="prompt-lookup", kv_cache_memory=memory)
+    llm = load(models[model], scheduler="fair", proposer="last-words", kv_cache_memory=memory)
     assert tokens(llm, prompts, params) == alone[model]
     llm.built.cache.check_integrity()
 

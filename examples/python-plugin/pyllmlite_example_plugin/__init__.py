@@ -2,7 +2,7 @@
 
 from pyllmlite import hookimpl
 from pyllmlite_example_plugin.fair import Fair
-from pyllmlite_example_plugin.prompt_lookup import PromptLookup
+from pyllmlite_example_plugin.last_words import LastWords
 
 
 @hookimpl
@@ -12,4 +12,4 @@ def pyllmlite_schedulers():
 
 @hookimpl
 def pyllmlite_decoders():
-    return [PromptLookup]
+    return [LastWords]

@@ -1,5 +1,5 @@
 from pyllmlite_example_plugin.fair import Fair
-from pyllmlite_example_plugin.prompt_lookup import PromptLookup
+from pyllmlite_example_plugin.last_words import LastWords
 
 from pyllmlite import Registry
 from pyllmlite.testing import ProposerConformance, SchedulerConformance, SimulatedEngine
@@ -9,8 +9,8 @@ class TestFair(SchedulerConformance):
     strategy = Fair
 
 
-class TestPromptLookup(ProposerConformance):
-    strategy = PromptLookup
+class TestLastWords(ProposerConformance):
+    strategy = LastWords
 
     def test_repetition_is_foretold(self):
         engine = self.engine()
@@ -48,4 +48,4 @@ def test_a_flood_does_not_push_others_aside():
 def test_found_through_its_entry_point():
     entry = Registry.load().entry("scheduler", "fair")
     assert entry.cls is Fair and entry.distribution == "pyllmlite-example-plugin"
-    assert Registry.load().get("decoder", "prompt-lookup", "proposer") is PromptLookup
+    assert Registry.load().get("decoder", "last-words", "proposer") is LastWords

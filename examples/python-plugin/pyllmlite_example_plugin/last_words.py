@@ -1,9 +1,9 @@
-"""``prompt-lookup``: what stood behind the last words before may follow them again."""
+"""``last-words``: what stood behind the last words before may follow them again."""
 
 from pyllmlite import Proposer
 
 
-class PromptLookup(Proposer):
+class LastWords(Proposer):
     """Proposes the continuation of the latest earlier place, in prompt or output, that ends with
     the same n tokens (Saxena 2023): good for summaries, edits and code, free of a draft model.
 
@@ -11,7 +11,7 @@ class PromptLookup(Proposer):
     look-ups however long the text is.  How much it proposes follows what was accepted.
     """
 
-    name = "prompt-lookup"
+    name = "last-words"
     sizes = (4, 3, 2)
     most = 16
 
