@@ -50,9 +50,9 @@ class Efficiency:
     source: str = ""
 
 
-# Two threads of a Zen 4: weights read at one row, int8 products at 512 rows, prefill attention at
-# 512 tokens, bench overhead.  The other shares are estimates; all of them carry over to other CPUs
-# roughly, which is why --measure times the kernels.
+# Two threads of a Zen 4: reading weights at one row, int8 products at 512 rows, attention in a
+# prefill of 512 tokens, bench overhead.  The other shares are estimates; all of them carry over to
+# other CPUs roughly, which is why --measure times the kernels.
 CPU = Efficiency(
     linear_bandwidth=0.85,
     linear_macs={"int8": 0.5, "bf16": 0.7, "f32": 0.7},
