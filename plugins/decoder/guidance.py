@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # with spaces for ever.
 WHITESPACE = r"\n?[ ]{0,24}"
 MAX_GRAMMARS = 64  # kept compiled
+MAX_GRAMMAR = 1 << 17  # characters; compiling takes a second or so from there on
+COMPILER_STACK = 512 << 20  # bytes of address space
+_STACK_SIZE = threading.Lock()  # the size for new threads is the process's
 
 
 class _State:
@@ -129,11 +133,16 @@ class Guidance(Constraint):
             grammar = _grammar(asked, LLMatcher)
         except ValueError as error:
             raise RequestError(f"structured_outputs: {' '.join(str(error).split())}") from None
+        if len(grammar) > MAX_GRAMMAR:
+            raise RequestError(
+                f"structured_outputs: {asked.kind}: {len(grammar)} characters of grammar, "
+                f"at most {MAX_GRAMMAR}"
+            )
         made = self._compiled.get(grammar)
         if made is None:
             if self._tokenizer is None:
                 self._tokenizer = self._make_tokenizer()
-            made = LLMatcher(self._tokenizer, grammar, log_level=0)
+            made = _compiled(self._tokenizer, grammar)
             if made.is_error():
                 raise RequestError(f"structured_outputs: {asked.kind}: {_line(made)}")
             self._compiled[grammar] = made
@@ -156,12 +165,39 @@ class Guidance(Constraint):
         )
 
 
+def _compiled(tokenizer: Any, grammar: str) -> Any:
+    """Compiled on a stack of its own: rules that lead to rules are followed by recursion, some
+    kilobytes each, and what exceeds the stack ends the process."""
+    from llguidance import LLMatcher
+
+    made: list[Any] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            made.append(LLMatcher(tokenizer, grammar, log_level=0))
+        except BaseException as error:
+            failed.append(error)
+
+    with _STACK_SIZE:
+        usual = threading.stack_size(COMPILER_STACK)
+        try:
+            thread = threading.Thread(target=work, name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    thread.join()
+    if failed:
+        raise failed[0]
+    return made[0]
+
+
 def _grammar(asked: StructuredOutputsParams, matcher: Any) -> str:
     """In llguidance's own form."""
     if asked.kind == "regex":
         return matcher.grammar_from_regex(asked.regex)
     if asked.kind == "choice":
-        words = " | ".join(json.dumps(c, ensure_ascii=False) for c in asked.choice or ())
+        words = " | ".join(json.dumps(c, ensure_ascii=False).replace("\x7f", "\\u007f") for c in asked.choice or ())
         return matcher.grammar_from_lark(f"start: {words}")
     if asked.kind == "grammar":
         from llguidance import grammar_from

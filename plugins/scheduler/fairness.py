@@ -54,7 +54,7 @@ class TokenCounters:
         self._served[client] = self._served.get(client, 0.0) + weight * tokens
 
     def order(self, waiting: list[Sequence]) -> Iterator[Sequence]:
-        """By priority; within one those that were preempted, whose turn it was already, then the
+        """By priority; within one those that were preempted or forked, whose turn it was already, then the
         client served least, in its own order of arrival.  Charges in between count."""
         levels = sorted({s.request.priority for s in waiting})
         for level in levels:
@@ -62,7 +62,7 @@ class TokenCounters:
             for seq in waiting:
                 if seq.request.priority != level:
                     continue
-                if seq.preemptions:
+                if seq.preemptions or seq.child:
                     yield seq
                 else:
                     queues.setdefault(seq.request.client, deque()).append(seq)

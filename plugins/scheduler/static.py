@@ -21,7 +21,8 @@ class Static(Scheduler):
         self._filling = True
 
     def schedule(self, step: ScheduleStep) -> None:
-        self._filling = self._filling or not step.running
+        # Who has nothing to run (a beam) waits for a sibling that got no row yet.
+        self._filling = self._filling or not any(s.num_uncomputed for s in step.running)
         if self._filling:
             before = step.budget
             waiting = list(step.waiting)

@@ -234,7 +234,8 @@ class Engine:
         except Exception as error:
             self._fail(list(self.requests.values()), f"scheduler {self.scheduler.name!r}", error)
             return
-        if len(pool.running) > 1:
+        stuck = pool.running and pool.waiting and not pool.running[0].num_uncomputed
+        if len(pool.running) > 1 or stuck:
             # Nobody gets on, so somebody gives way.  Behind the others: it may hold the row that
             # another sequence of its own request needs for both to get on (beams).
             pool.preempt(pool.running[-1], first=False)

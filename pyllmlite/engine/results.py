@@ -71,9 +71,10 @@ class Logprobs:
         first, count = self._rows_of.get(seq.id, (0, 0))
         if index >= count:
             return {token: self._make(token, math.nan, None)}
-        return self.of_row(first + index, token, num)
+        return self.of_row(first + index, token, num, seq.output.num_top)
 
-    def of_row(self, row: int, token: int, num: int) -> dict[int, Logprob]:
+    def of_row(self, row: int, token: int, num: int, known: int = 0) -> dict[int, Logprob]:
+        """``known``: how many of the row's best were counted, where that is more than ``num``."""
         if not self._read:
             batch = self._batch
             self._tokens = batch.token_list
@@ -86,7 +87,13 @@ class Logprobs:
         if row < len(self._tokens) and self._tokens[row] == token:
             found[token] = self._make(token, self._logprobs[row], self._ranks[row])
         else:  # a decoder took another one than was sampled
-            found[token] = self._make(token, math.nan, None)
+            ids = self._top_ids[row][: max(num, known)] if row < len(self._top_ids) else []
+            at = ids.index(token) if token in ids else -1
+            found[token] = (
+                self._make(token, self._top[row][at], at + 1)
+                if at >= 0
+                else self._make(token, math.nan, None)
+            )
         if num > 0:
             best = zip(self._top_ids[row][:num], self._top[row][:num], strict=True)
             for rank, (other, logprob) in enumerate(best, start=1):

@@ -65,7 +65,7 @@ class DraftRunner:
                 continue
             if not self._built.cache.reserve(held.id, len(ids) + count - 1):
                 count = 1
-                if not self._built.cache.reserve(held.id, len(ids)):
+                if not self._reserve(held.id, len(ids), keys):
                     self.forget(key)
                     continue
             work.append((held, ids, count, found))
@@ -78,6 +78,15 @@ class DraftRunner:
                 found.append(token)
             work = [entry for entry in work if len(entry[3]) < entry[2]]
         return drafts
+
+    def _reserve(self, held_id: int, tokens: int, keys: set[int]) -> bool:
+        """Room for ``tokens``; sequences that ask for nothing now give theirs."""
+        while not self._built.cache.reserve(held_id, tokens):
+            idle = next((key for key in self._held if key not in keys), None)
+            if idle is None:
+                return False
+            self.forget(idle)
+        return True
 
     def forget(self, key: int) -> None:
         held = self._held.pop(key, None)

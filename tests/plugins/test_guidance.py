@@ -213,6 +213,26 @@ def test_what_cannot_work_is_refused(llm, words, message):
     assert "\n" not in str(raised.value)
 
 
+def test_rules_that_lead_to_rules(llm):
+    """Followed by recursion, which must not end the process."""
+    rules = [f"r{i}: r{i + 1}" for i in range(3000)]
+    grammar = "\n".join(["start: r0", *rules, 'r3000: "yes"'])
+    params = SamplingParams(max_tokens=20, structured_outputs={"grammar": grammar})
+    assert llm.generate(["A"], params, use_tqdm=False)[0].outputs[0].text == "yes"
+
+
+def test_too_much_grammar(llm):
+    words = {"choice": [f"word {i}" for i in range(20_000)]}
+    with pytest.raises(RequestError, match="at most 131072"):
+        llm.generate(["A"], SamplingParams(structured_outputs=words), use_tqdm=False)
+
+
+def test_choices_of_odd_characters(llm):
+    for text in ('a"b', "\x7f", "\t", "\\n", "äö\u2028"):
+        params = SamplingParams(max_tokens=40, structured_outputs={"choice": [text]})
+        assert llm.generate(["A"], params, use_tqdm=False)[0].outputs[0].text == text
+
+
 def test_refused_with_others(llm, path, monkeypatch):
     asked = StructuredOutputsParams(regex="a+")
     for words, message in (

@@ -42,7 +42,8 @@ typedef enum pll_dtype {
   PLL_U32 = 7
 } pll_dtype;
 
-/* A strided view.  Strides in elements, row-major unless said otherwise. */
+/* A strided view.  Strides in elements, row-major unless said otherwise.  A Program's buffers may
+   have room behind each row: step by stride[0], not by the width. */
 typedef struct pll_tensor {
   void* data;
   int32_t dtype; /* pll_dtype */

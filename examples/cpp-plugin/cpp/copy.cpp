@@ -12,8 +12,9 @@ pll_op make_copy() {
               const pll_context* ctx) {
     const int64_t width = buffers[0].shape[1];
     for (int32_t t = ctx->thread; t < batch->num_tokens; t += ctx->num_threads) {
-      std::memcpy(static_cast<float*>(buffers[1].data) + t * width,
-                  static_cast<const float*>(buffers[0].data) + t * width, sizeof(float) * width);
+      std::memcpy(static_cast<float*>(buffers[1].data) + t * buffers[1].stride[0],
+                  static_cast<const float*>(buffers[0].data) + t * buffers[0].stride[0],
+                  sizeof(float) * width);
     }
   };
   return op;
