@@ -197,7 +197,8 @@ def _grammar(asked: StructuredOutputsParams, matcher: Any) -> str:
     if asked.kind == "regex":
         return matcher.grammar_from_regex(asked.regex)
     if asked.kind == "choice":
-        words = " | ".join(json.dumps(c, ensure_ascii=False).replace("\x7f", "\\u007f") for c in asked.choice or ())
+        quoted = (json.dumps(c, ensure_ascii=False) for c in asked.choice or ())
+        words = " | ".join(text.replace("\x7f", "\\u007f") for text in quoted)
         return matcher.grammar_from_lark(f"start: {words}")
     if asked.kind == "grammar":
         from llguidance import grammar_from

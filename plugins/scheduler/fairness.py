@@ -54,8 +54,8 @@ class TokenCounters:
         self._served[client] = self._served.get(client, 0.0) + weight * tokens
 
     def order(self, waiting: list[Sequence]) -> Iterator[Sequence]:
-        """By priority; within one those that were preempted or forked, whose turn it was already, then the
-        client served least, in its own order of arrival.  Charges in between count."""
+        """By priority; within one those that were preempted or forked, whose turn it was already,
+        then the client served least, in its own order of arrival.  Charges in between count."""
         levels = sorted({s.request.priority for s in waiting})
         for level in levels:
             queues: dict[str, deque[Sequence]] = {}
