@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -187,4 +188,19 @@ def _plain(message: Message) -> dict[str, Any]:
                 raise ApiError(400, "only parts of the type text are supported", param="messages")
             texts.append(text)
         made["content"] = "\n".join(texts)
+    calls = made.get("tool_calls")
+    if isinstance(calls, list):
+        made["tool_calls"] = [_plain_call(call) for call in calls]
     return made
+
+
+def _plain_call(call: Any) -> Any:
+    """A call as templates read it: its arguments an object, which OpenAI's API has as a string."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -85,3 +85,36 @@ def test_forced_call_needs_an_engine_that_can(monkeypatch):
     monkeypatch.setattr(params, "_FIELDS", set())
     with pytest.raises(ApiError, match="not supported"):
         params.chat_params(body(tool_choice="required"))
+
+
+def test_lone_surrogates_in_arguments():
+    parser = ToolParser()
+    text = '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>'
+    _, calls = parser.feed(text, last=True)
+    arguments = calls[0]["function"]["arguments"]
+    assert arguments.encode() and json.loads(arguments) == {"a": "\ud800"}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [('{"a": 1}', {"a": 1}), ("{a", "{a"), ("[" * 100_000, "[" * 100_000), ({"a": 1}, {"a": 1})],
+    ids=["string", "damaged", "deep", "object"],
+)
+def test_arguments_reach_the_template_as_an_object(given, wanted):
+    from pyllmlite.serve.protocol import Message
+    from pyllmlite.serve.text import _plain
+
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": given}}
+    message = Message.model_validate({"role": "assistant", "content": None, "tool_calls": [call]})
+    (made,) = _plain(message)["tool_calls"]
+    assert made["function"] == {"name": "f", "arguments": wanted} and made["id"] == "1"
+    assert call["function"]["arguments"] == given  # what came in is as it was
+
+
+@pytest.mark.parametrize("calls", [None, "x", [None], [{}], [{"function": 1}]])
+def test_tool_calls_that_are_none(calls):
+    from pyllmlite.serve.protocol import Message
+    from pyllmlite.serve.text import _plain
+
+    message = Message.model_validate({"role": "assistant", "content": "x", "tool_calls": calls})
+    assert _plain(message)["tool_calls"] == calls
