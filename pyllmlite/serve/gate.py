@@ -54,7 +54,6 @@ class Gate:
                 _check_type(scope)
                 body = await self._body(scope, receive)
                 held = scope["pyllmlite.size"] = len(body)
-                self._held += held
                 receive = _replay(body, receive)
                 del body
         except ApiError as error:
@@ -88,11 +87,21 @@ class Gate:
         scope["pyllmlite.client"] = f"key-{matches.index(True)}"
 
     async def _body(self, scope: Any, receive: Any) -> bytes:
+        """The whole body; its bytes count in ``_held`` from their arrival on, until the caller
+        gives them back.  If it does not arrive, nothing is left to give back."""
+        chunks: list[bytes] = []
+        try:
+            await self._read(scope, receive, chunks)
+        except BaseException:
+            self._held -= sum(map(len, chunks))
+            raise
+        return b"".join(chunks)
+
+    async def _read(self, scope: Any, receive: Any, chunks: list[bytes]) -> None:
         limit = self._config.max_body
         length = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
         if length.isdigit() and int(length[:20]) > limit:
             raise ApiError(413, f"the body may have at most {limit} bytes")
-        chunks: list[bytes] = []
         size = 0
         loop = asyncio.get_running_loop()
         end = loop.time() + self._config.body_timeout
@@ -103,14 +112,16 @@ class Gate:
                 raise ApiError(408, "the body did not arrive in time") from None
             if message["type"] == "http.disconnect":
                 raise left()
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
+            chunk = message.get("body", b"")
+            chunks.append(chunk)
+            size += len(chunk)
+            self._held += len(chunk)
             if size > limit:
                 raise ApiError(413, f"the body may have at most {limit} bytes")
-            if size + self._held > _ALL_BODIES:
+            if self._held > _ALL_BODIES:
                 raise ApiError(503, "too many long requests at once", headers={"retry-after": "2"})
             if not message.get("more_body", False):
-                return b"".join(chunks)
+                return
 
 
 def _check_type(scope: Any) -> None:

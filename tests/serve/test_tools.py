@@ -118,3 +118,29 @@ def test_tool_calls_that_are_none(calls):
 
     message = Message.model_validate({"role": "assistant", "content": "x", "tool_calls": calls})
     assert _plain(message)["tool_calls"] == calls
+
+
+def nested(depth):
+    made = {}
+    for _ in range(depth):
+        made = {"a": made}
+    return made
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"guided_regex": "a" * 70_000}, {"guided_choice": ["ab"] * 20_000},
+     {"structured_outputs": {"json": nested(100_000)}},
+     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": "y" * 70_000}}}],
+      "tool_choice": "required"}],
+    ids=["regex", "choice", "deep", "tool"],
+)  # fmt: skip
+def test_constraints_that_are_too_large(fields):
+    from pyllmlite.serve.params import chat_params
+
+    made = body()
+    for name, value in fields.items():
+        setattr(made, name, body(tools=value).tools if name == "tools" else value)
+    with pytest.raises(ApiError, match="at most 65536|too deeply") as caught:
+        chat_params(made)
+    assert caught.value.status == 400
