@@ -313,3 +313,14 @@ def test_stream_is_json_all_through(server):
     lines = [line for line in data.split(b"\n") if line.startswith(b"data: ")]
     assert lines.pop() == b"data: [DONE]"
     assert all(json.loads(line[6:])["object"] == "text_completion" for line in lines)
+
+
+def test_file_limit_is_raised_as_far_as_it_goes():
+    code = (
+        "import resource as r; from pyllmlite.serve.server import raise_file_limit as f\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, 200)); f(50); print(r.getrlimit(r.RLIMIT_NOFILE)[0])\n"
+        "f(100); print(r.getrlimit(r.RLIMIT_NOFILE)[0])\n"
+        "f(300); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["64", "100", "200"]
