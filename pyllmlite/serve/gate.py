@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,26 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _is_own_name(host: str, configured: str) -> bool:
+    """Can a ``Host`` header say so without a name server's help?"""
+    host = host.strip().lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if name in ("", "localhost", configured.lower()):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers)
 
@@ -41,6 +62,9 @@ class Gate:
         self._note = note
         self._keys = [_digest(key.encode()) for key in config.api_keys]
         self._held = 0
+        # A web page whose name's address turns into this machine's (DNS rebinding) is no other
+        # origin to a browser; a server that everybody on this machine may use knows it by its name.
+        self._check_names = not self._keys and _is_loopback(config.host)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -49,6 +73,7 @@ class Gate:
         scope["pyllmlite.arrival"] = time.monotonic()
         held = 0
         try:
+            self._check_host(scope)
             self._check_key(scope)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 _check_type(scope)
@@ -66,6 +91,18 @@ class Gate:
             await self._app(scope, receive, send)
         finally:
             self._held -= held
+
+    def _check_host(self, scope: Any) -> None:
+        if not self._check_names:
+            return
+        for name, value in scope["headers"]:
+            host = value.decode("latin-1")
+            if name == b"host" and not _is_own_name(host, self._config.host):
+                raise ApiError(
+                    403,
+                    f"this server is not called {host[:200]!r}: use its address or localhost, or "
+                    "give it an API key",
+                )
 
     def _check_key(self, scope: Any) -> None:
         if not self._keys:

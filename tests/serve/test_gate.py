@@ -1,4 +1,4 @@
-"""Bodies count from the first byte that arrives until their request has ended."""
+"""Bodies count from their first byte to their request's end; others' names are refused."""
 
 import asyncio
 
@@ -78,3 +78,37 @@ def test_bodies_that_do_not_arrive_are_given_back(how):
             assert call.status == {"left": 499, "slow": 408, "long": 413}[how]
 
     asyncio.run(main())
+
+
+def status_of(config, *hosts):
+    """What a gate says to a request with these Host headers; 200: it lets it pass."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"status": 200})
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", host.encode("latin-1")) for host in hosts]
+    scope = {"type": "http", "method": "GET", "path": "/stats", "client": None, "headers": headers}
+    asyncio.run(Gate(app, config, lambda status: None)(scope, None, send))
+    return sent[0]["status"]
+
+
+OWN = ["", "localhost", "LocalHost:8000", "127.0.0.1:8000", "192.168.1.2", "[::1]:8000", "[::1]"]
+OTHER = ["evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", "[evil]", "\xff", "x"]
+
+
+def test_other_names_are_refused_without_keys_on_this_machine():
+    for host in ("127.0.0.1", "localhost", "::1"):
+        config = ServeConfig(host=host)
+        assert status_of(config) == 200
+        assert {status_of(config, name) for name in OWN} == {200}
+        assert {status_of(config, name) for name in OTHER} == {403}
+        assert status_of(config, "localhost", "evil.example") == 403
+
+
+def test_names_do_not_matter_elsewhere():
+    assert status_of(ServeConfig(host="0.0.0.0"), "evil.example") == 200
+    assert status_of(ServeConfig(api_keys=("k",)), "evil.example") == 401  # for the key alone

@@ -124,7 +124,7 @@ def test_sigterm_while_loading(start):
 def test_idle_connections_do_not_hold_the_drain(start):
     server = start()
     with connect(server) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         sock.recv(1000)
         begun = time.monotonic()
         assert server.stop() == 0
@@ -214,7 +214,7 @@ def test_full_disk_under_the_log(model):
         end = time.monotonic() + 20
         while True:
             try:
-                if exchange(server, b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200:
+                if exchange(server, b"GET /ready HTTP/1.1\r\nhost: localhost\r\n\r\n")[0] == 200:
                     break
             except OSError:
                 pass
@@ -272,7 +272,7 @@ def test_keys_that_cannot_be(tmp_path, monkeypatch):
 
 def test_cors_is_off_unless_asked(server, start):
     origin = "origin: https://example.org"
-    preflight = ("OPTIONS /v1/completions HTTP/1.1\r\nhost: x\r\n" + origin
+    preflight = ("OPTIONS /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + origin
                  + "\r\naccess-control-request-method: POST\r\n\r\n").encode()  # fmt: skip
     assert b"access-control" not in exchange_headers(server, preflight).lower()
     asked = start("--cors-origin", "https://example.org")
