@@ -147,7 +147,7 @@ def _serve(client: Any, config: ServeConfig, sock: socket.socket, model: str | N
     server = Server(
         uvicorn.Config(
             make_app(service),
-            http=connection_class(config.body_timeout),
+            http=connection_class(config.body_timeout, config.request_timeout),
             ws="none",
             lifespan="on",
             log_config=None,
