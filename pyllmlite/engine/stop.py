@@ -23,10 +23,15 @@ def find_stop(text: str, num_new: int, stops: Sequence[str]) -> tuple[int, str] 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
     """Characters at the end of ``text`` that may be the beginning of a stop string."""
+    # Only where a stop string's first character stands one can be starting, so that the time is
+    # linear but for text made for it.
+    tail = text[-max(map(len, stops), default=0) :]
     longest = 0
     for stop in stops:
-        for length in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:length]):
-                longest = length
+        at = tail.find(stop[0], max(len(tail) - len(stop) + 1, 0))
+        while 0 <= at < len(tail) - longest:
+            if stop.startswith(tail[at:]):
+                longest = len(tail) - at
                 break
+            at = tail.find(stop[0], at + 1)
     return longest

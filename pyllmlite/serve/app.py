@@ -101,7 +101,7 @@ class Service:
         self, prompts: list[list[int]], params: Any, stream: bool, request: Request
     ) -> Generation:
         """Let prompts in; ``ApiError`` 429 if too many wait."""
-        self.door.check(len(prompts) * params.n)
+        self.door.check(len(prompts) * params.num_completions)
         return Generation(
             self.client,
             prompts,
@@ -212,11 +212,11 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         params = completion_params(body)
-        service.door.check(params.n)
+        service.door.check(params.num_completions)
         given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if isinstance(given[0], int):
             given = [given]
-        service.door.check(params.n * len(given))
+        service.door.check(params.num_completions * len(given))
         prompts = [await service.text.prompt(prompt) for prompt in given]
         echoed: list[str | None] = [None] * len(prompts)
         first = [""] * len(prompts)
@@ -236,7 +236,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         params = chat_params(body)
-        service.door.check(params.n)
+        service.door.check(params.num_completions)
         tools = wanted_tools(body)
         await service.text.ready()
         if tools and not service.text.knows_tools():

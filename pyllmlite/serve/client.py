@@ -193,15 +193,21 @@ class EngineClient(asyncio.Protocol):
         """Send a prompt to the engine; answers come to ``inbox`` as ``(tag, deltas, end)``.
 
         Raises:
-            ApiError: 503, the engine is not there.
+            ApiError: 503, the engine is not there; 400, the parameters cannot be sent.
         """
         self.check()
         ticket = Ticket(
-            str(next(self._ids)), inbox, tag, len(prompt_token_ids), params.n,
+            str(next(self._ids)), inbox, tag, len(prompt_token_ids), params.num_completions,
             time.monotonic() if arrival is None else arrival,
         )  # fmt: skip
-        command = ["add", ticket.id, prompt_token_ids, params_to_wire(params), client, stream]
-        self._transport.write(pack(command))
+        try:
+            fields = params_to_wire(params)
+            message = pack(["add", ticket.id, prompt_token_ids, fields, client, stream])
+        except RecursionError:
+            raise ApiError(400, "the request is nested too deeply") from None
+        except WireError as error:
+            raise ApiError(400, f"the request is too long: {error}") from None
+        self._transport.write(message)
         self._tickets[ticket.id] = ticket
         self.sequences += ticket.weight
         return ticket

@@ -103,7 +103,7 @@ class Generation:
                         self._inbox, tag, ids, params, client=who, stream=stream, arrival=arrival
                     )
                 )
-        except ApiError:
+        except BaseException:
             self.close()
             raise
 

@@ -77,7 +77,7 @@ class Metrics:
             return
         self._ttft.observe(first - ticket.arrival)
         self._e2e.observe(end - ticket.arrival)
-        behind = ticket.tokens / ticket.weight - 1
+        behind = ticket.tokens / max(len(ticket.reasons), 1) - 1
         if behind > 0:
             self._tpot.observe((end - first) / behind)
 

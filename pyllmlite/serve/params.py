@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +19,8 @@ _SAME = (
     "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+# Bytes of JSON: a grammar is compiled between two steps, while everybody waits.
+_MAX_STRUCTURED = 64 << 10
 _FIELDS = {field.name for field in fields(SamplingParams)}
 
 
@@ -48,6 +51,17 @@ def _supported(structured: dict[str, Any], param: str) -> dict[str, Any]:
             "the prompt",
             param=param,
             code="unsupported",
+        )
+    try:
+        size = len(json.dumps(structured))
+    except RecursionError:
+        raise ApiError(400, f"{param} is nested too deeply", param=param) from None
+    if size > _MAX_STRUCTURED:
+        raise ApiError(
+            400,
+            f"the constraint on the output has {size} bytes as JSON; at most {_MAX_STRUCTURED} "
+            "are taken",
+            param=param,
         )
     return structured
 

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import logging
 import math
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -56,6 +57,18 @@ def _url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def raise_file_limit(wanted: int) -> None:
+    """Let this process have ``wanted`` files open, as far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:
+        log.warning("only %d files may be open at once: %s", soft, error)
+
+
 def _leave_early(*_: object) -> None:
     """On SIGTERM before there is anything to drain."""
     raise SystemExit(0)
@@ -72,6 +85,8 @@ def run(engine_options: dict[str, Any], config: ServeConfig) -> None:
     """
     check_packages()
     logging.raiseExceptions = False  # a full disk under the log is no reason to stop
+    # Each connection is an open file, and some more are for the rest.
+    raise_file_limit(config.max_connections + 256)
     sock = listen(config.host, config.port)
     signal.signal(signal.SIGTERM, _leave_early)
     from pyllmlite.serve.client import EngineClient
@@ -132,7 +147,7 @@ def _serve(client: Any, config: ServeConfig, sock: socket.socket, model: str | N
     server = Server(
         uvicorn.Config(
             make_app(service),
-            http=connection_class(config.body_timeout),
+            http=connection_class(config.body_timeout, config.request_timeout),
             ws="none",
             lifespan="on",
             log_config=None,

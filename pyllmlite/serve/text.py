@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ class Text:
         self._failure: str | None = None
         self._loaded = threading.Event()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
+        # Of /tokenize and /detokenize, whose length nothing limits: they hold up themselves alone.
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._longest = 0
         self.max_tokens = 0
 
@@ -65,13 +68,16 @@ class Text:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._side.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, size: int, work: Callable[[], T]) -> T:
+    async def _run(
+        self, size: int, work: Callable[[], T], pool: ThreadPoolExecutor | None = None
+    ) -> T:
         """On the event loop if it is short, else in a thread."""
         try:
             if size <= _SHORT:
                 return work()
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            return await asyncio.get_running_loop().run_in_executor(pool or self._pool, work)
         except PyllmliteError as error:
             raise ApiError(400, str(error)) from None
 
@@ -121,7 +127,9 @@ class Text:
         if body.prompt is not None:
             prompt = body.prompt
             return await self._run(
-                len(prompt), lambda: self.tokenizer.encode(prompt, body.add_special_tokens)
+                len(prompt),
+                lambda: self.tokenizer.encode(prompt, body.add_special_tokens),
+                self._side,
             )
         messages = [_plain(message) for message in body.messages or ()]
 
@@ -129,12 +137,14 @@ class Text:
             text = self.tokenizer.apply_chat_template(messages, body.add_generation_prompt)
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-        return await self._run(_SHORT + 1, work)
+        return await self._run(_SHORT + 1, work, self._side)
 
     async def detokenize(self, ids: list[int]) -> str:
         await self.ready()
         decode = self.tokenizer.decode
-        return await self._run(len(ids), lambda: decode(ids, skip_special_tokens=False))
+        return await self._run(
+            len(ids), lambda: decode(ids, skip_special_tokens=False), self._side
+        )
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         limit = self.max_tokens
@@ -187,4 +197,19 @@ def _plain(message: Message) -> dict[str, Any]:
                 raise ApiError(400, "only parts of the type text are supported", param="messages")
             texts.append(text)
         made["content"] = "\n".join(texts)
+    calls = made.get("tool_calls")
+    if isinstance(calls, list):
+        made["tool_calls"] = [_plain_call(call) for call in calls]
     return made
+
+
+def _plain_call(call: Any) -> Any:
+    """A call as templates read it: its arguments an object, which OpenAI's API has as a string."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

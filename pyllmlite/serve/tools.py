@@ -70,7 +70,8 @@ def _call(text: str) -> dict[str, Any] | None:
     if not isinstance(arguments, (dict, str)):
         return None
     if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        # In ASCII: a lone surrogate could not be sent otherwise.
+        arguments = json.dumps(arguments)
     return {
         "id": "call_" + secrets.token_hex(12),
         "type": "function",

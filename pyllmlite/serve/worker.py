@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllmlite.core.errors import PyllmliteError
 from pyllmlite.core.sampling import SamplingParams
-from pyllmlite.serve.wire import Unpacker, pack
+from pyllmlite.serve.wire import Unpacker, WireError, pack
 
 if TYPE_CHECKING:
     from pyllmlite.core.request import Logprob, Sequence
@@ -170,7 +170,27 @@ class Worker:
             message["accepted"], self._accepted = self._accepted, []
         if self._refused:
             message["refused"], self._refused = self._refused, []
-        self._sock.sendall(pack(message))
+        try:
+            data = pack(message)
+        except WireError:
+            outputs = message.pop("out", [])
+            data = pack(message) + b"".join(map(self._alone, outputs))
+        self._sock.sendall(data)
+
+    def _alone(self, output: list[Any]) -> bytes:
+        """A message with one output; if that is too long to be sent, the request's failure."""
+        message: dict[str, Any] = {"t": "step", "stats": self._stats(), "out": [output]}
+        try:
+            return pack(message)
+        except WireError as error:
+            id, _, end = output
+            if end is None:
+                self._sent.pop(id, None)
+                self._engine.abort(id)
+                end = {"cached": 0, "first_token_time": None, "finish_time": time.monotonic()}
+            end = {name: end[name] for name in ("cached", "first_token_time", "finish_time")}
+            message["out"] = [[id, [], {**end, "error": f"the answer cannot be sent: {error}"}]]
+            return pack(message)
 
     def _stats(self) -> dict[str, int]:
         return {**self._engine.stats(), "preemptions": self._engine.pool.preemptions}

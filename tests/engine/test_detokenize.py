@@ -148,9 +148,10 @@ def test_find_stop():
 
 def test_held_back_is_the_longest_beginning():
     draw = random.Random(0)
-    for _ in range(500):
-        text = "".join(draw.choices("ab", k=draw.randrange(8)))
-        stops = ["".join(draw.choices("ab", k=draw.randrange(1, 5))) for _ in range(2)]
+    for _ in range(3000):
+        text = "".join(draw.choices("ab", k=draw.randrange(12)))
+        stops = ["".join(draw.choices("ab", k=draw.randrange(1, 9)))
+                 for _ in range(draw.randrange(4))]  # fmt: skip
         want = max(
             (k for s in stops for k in range(len(s)) if k <= len(text) and text.endswith(s[:k])),
             default=0,

@@ -12,7 +12,7 @@ def request(path, body, *headers):
     """Bytes of a POST; ``body`` is bytes or something for JSON."""
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json",
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json",
              f"content-length: {len(body)}", *headers]  # fmt: skip
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 

@@ -268,3 +268,12 @@ def test_state(server):
     assert status == 404 and body["error"]["type"] == "not_found_error"
     assert server.get("/v1/completions")[0] == 405
     assert server.get("/openapi.json")[0] == 200
+
+
+def test_best_of_counts_as_completions(server):
+    body = {"prompt": "hi", "max_tokens": 2, "temperature": 1.0, "seed": 1}
+    status, answer = raw.post(server, "/v1/completions", {**body, "best_of": 129})
+    assert status == 400 and "at most 128" in answer["error"]["message"]
+    status, answer = raw.post(server, "/v1/completions", {**body, "best_of": 3})
+    assert status == 200 and len(answer["choices"]) == 1
+    server.until_idle()

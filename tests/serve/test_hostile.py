@@ -109,8 +109,9 @@ def test_long_prompts_cost_little(short, text):
 
 def test_endless_chunked_body(short):
     with connect(short) as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json"
-                     b"\r\ntransfer-encoding: chunked\r\n\r\n")  # fmt: skip
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+                     b"content-type: application/json\r\n"
+                     b"transfer-encoding: chunked\r\n\r\n")  # fmt: skip
         with pytest.raises(OSError):
             for _ in range(1000):
                 sock.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
@@ -137,7 +138,7 @@ def test_body_that_trickles(short):
 
 
 def test_header_that_stalls(short):
-    for start in (b"", b"POST /v1/comple", b"GET / HTTP/1.1\r\nhost: x\r\nx-"):
+    for start in (b"", b"POST /v1/comple", b"GET / HTTP/1.1\r\nhost: localhost\r\nx-"):
         with connect(short) as sock:
             sock.sendall(start)
             begun = time.monotonic()
@@ -164,17 +165,18 @@ def test_header_flood(short, one):
         b"\x00" * 100 + b"\r\n\r\n",
         b"GARBAGE\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\xaa" * 500,
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999999999999999\r\n"
-        b"\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        b"content-length: 99999999999999999999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
         b"content-length: 5\r\n\r\n0\r\n\r\n",
-        b"GET /%00%ff%fe/../../etc/passwd HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET http://[::1 HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
-        b"CONNECT example.org:80 HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /%00%ff%fe/../../etc/passwd HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET http://[::1 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
+        b"CONNECT example.org:80 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )

@@ -124,7 +124,7 @@ def test_sigterm_while_loading(start):
 def test_idle_connections_do_not_hold_the_drain(start):
     server = start()
     with connect(server) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         sock.recv(1000)
         begun = time.monotonic()
         assert server.stop() == 0
@@ -214,7 +214,7 @@ def test_full_disk_under_the_log(model):
         end = time.monotonic() + 20
         while True:
             try:
-                if exchange(server, b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200:
+                if exchange(server, b"GET /ready HTTP/1.1\r\nhost: localhost\r\n\r\n")[0] == 200:
                     break
             except OSError:
                 pass
@@ -272,7 +272,7 @@ def test_keys_that_cannot_be(tmp_path, monkeypatch):
 
 def test_cors_is_off_unless_asked(server, start):
     origin = "origin: https://example.org"
-    preflight = ("OPTIONS /v1/completions HTTP/1.1\r\nhost: x\r\n" + origin
+    preflight = ("OPTIONS /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + origin
                  + "\r\naccess-control-request-method: POST\r\n\r\n").encode()  # fmt: skip
     assert b"access-control" not in exchange_headers(server, preflight).lower()
     asked = start("--cors-origin", "https://example.org")
@@ -313,3 +313,14 @@ def test_stream_is_json_all_through(server):
     lines = [line for line in data.split(b"\n") if line.startswith(b"data: ")]
     assert lines.pop() == b"data: [DONE]"
     assert all(json.loads(line[6:])["object"] == "text_completion" for line in lines)
+
+
+def test_file_limit_is_raised_as_far_as_it_goes():
+    code = (
+        "import resource as r; from pyllmlite.serve.server import raise_file_limit as f\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, 200)); f(50); print(r.getrlimit(r.RLIMIT_NOFILE)[0])\n"
+        "f(100); print(r.getrlimit(r.RLIMIT_NOFILE)[0])\n"
+        "f(300); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["64", "100", "200"]

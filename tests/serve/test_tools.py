@@ -85,3 +85,62 @@ def test_forced_call_needs_an_engine_that_can(monkeypatch):
     monkeypatch.setattr(params, "_FIELDS", set())
     with pytest.raises(ApiError, match="not supported"):
         params.chat_params(body(tool_choice="required"))
+
+
+def test_lone_surrogates_in_arguments():
+    parser = ToolParser()
+    text = '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>'
+    _, calls = parser.feed(text, last=True)
+    arguments = calls[0]["function"]["arguments"]
+    assert arguments.encode() and json.loads(arguments) == {"a": "\ud800"}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [('{"a": 1}', {"a": 1}), ("{a", "{a"), ("[" * 100_000, "[" * 100_000), ({"a": 1}, {"a": 1})],
+    ids=["string", "damaged", "deep", "object"],
+)
+def test_arguments_reach_the_template_as_an_object(given, wanted):
+    from pyllmlite.serve.protocol import Message
+    from pyllmlite.serve.text import _plain
+
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": given}}
+    message = Message.model_validate({"role": "assistant", "content": None, "tool_calls": [call]})
+    (made,) = _plain(message)["tool_calls"]
+    assert made["function"] == {"name": "f", "arguments": wanted} and made["id"] == "1"
+    assert call["function"]["arguments"] == given  # what came in is as it was
+
+
+@pytest.mark.parametrize("calls", [None, "x", [None], [{}], [{"function": 1}]])
+def test_tool_calls_that_are_none(calls):
+    from pyllmlite.serve.protocol import Message
+    from pyllmlite.serve.text import _plain
+
+    message = Message.model_validate({"role": "assistant", "content": "x", "tool_calls": calls})
+    assert _plain(message)["tool_calls"] == calls
+
+
+def nested(depth):
+    made = {}
+    for _ in range(depth):
+        made = {"a": made}
+    return made
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"guided_regex": "a" * 70_000}, {"guided_choice": ["ab"] * 20_000},
+     {"structured_outputs": {"json": nested(100_000)}},
+     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": "y" * 70_000}}}],
+      "tool_choice": "required"}],
+    ids=["regex", "choice", "deep", "tool"],
+)  # fmt: skip
+def test_constraints_that_are_too_large(fields):
+    from pyllmlite.serve.params import chat_params
+
+    made = body()
+    for name, value in fields.items():
+        setattr(made, name, body(tools=value).tools if name == "tools" else value)
+    with pytest.raises(ApiError, match="at most 65536|too deeply") as caught:
+        chat_params(made)
+    assert caught.value.status == 400

@@ -170,3 +170,20 @@ def test_params_survive():
     ):  # fmt: skip
         (wire,) = Unpacker().feed(pack(params_to_wire(params)))
         assert params_from_wire(wire) == params
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_too_long_to_be_sent_is_that_requests_failure(spoken, llm, monkeypatch, stream):
+    monkeypatch.setattr("pyllmlite.serve.wire.MAX_MESSAGE", 2000)
+    long = {**GREEDY, "logprobs": 15 if stream else 3}
+    spoken.say(
+        ["add", "long", [5, 6, 7], long, "", stream], ["add", "short", [8, 9], GREEDY, "", stream]
+    )
+    texts, end = spoken.answer("long")
+    assert "cannot be sent" in end["error"] and not texts
+    texts, end = spoken.answer("short")
+    (wanted,) = llm.generate({"prompt_token_ids": [8, 9]}, SamplingParams(**GREEDY))
+    assert texts[0] == wanted.outputs[0].text and end["error"] is None
+    accepted = [id for message in spoken.messages for id in message.get("accepted", ())]
+    assert accepted == ["long", "short"]
+    assert not spoken.engine.requests
