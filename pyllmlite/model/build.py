@@ -114,7 +114,7 @@ def build(
     spec = source.spec
     device = _device(config.device)
     quantizes = config.bits is not None or config.quantizer not in ("auto", "none")
-    dtype = _dtype(config.dtype, source.stored_dtype, quantizes)
+    dtype = _dtype(config.dtype, source.stored_dtype, quantizes or source.quantized)
     if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
         raise ConfigError(
             f"max_model_len {config.max_model_len} is more than the model's "
@@ -319,13 +319,13 @@ def _device(asked: str) -> str:
     return "cpu"
 
 
-def _dtype(asked: str, stored: str, quantizes: bool) -> str:
-    """``auto``: what the checkpoint has; 16-bit floats and quantized blocks run as bf16.  So do
-    f32 weights that are being quantized: KV in f32 would take twice the bytes, and a quantized
-    weight is further from its float than bf16 is."""
+def _dtype(asked: str, stored: str, quantized: bool) -> str:
+    """``auto``: what the checkpoint has; 16-bit floats and quantized blocks run as bf16.  So does
+    what is quantized beside f32, or being quantized: KV in f32 would take twice the bytes, and a
+    quantized weight is further from its float than bf16 is."""
     if asked != "auto":
         return asked
-    return "f32" if stored == "f32" and not quantizes else "bf16"
+    return "f32" if stored == "f32" and not quantized else "bf16"
 
 
 def _kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:

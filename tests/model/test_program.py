@@ -8,6 +8,7 @@ from model.program_logits import build_tiny, program_logits
 from tiny_models import TINY, reference
 
 from pyllmlite.core.errors import CapacityError
+from pyllmlite.model import build
 
 torch = pytest.importorskip("torch")
 
@@ -79,3 +80,17 @@ def test_a_model_or_cache_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("pyllmlite.model.build.available_memory", lambda: 1000)
     with pytest.raises(CapacityError, match="the model does not fit"):
         build_tiny(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "quantized", "dtype"),
+    [
+        ("auto", "f32", False, "f32"),
+        ("auto", "f32", True, "bf16"),
+        ("auto", "q4_1", True, "bf16"),
+        ("auto", "f16", False, "bf16"),
+        ("f32", "bf16", True, "f32"),
+    ],
+)
+def test_what_dtype_is_chosen(asked, stored, quantized, dtype):
+    assert build._dtype(asked, stored, quantized) == dtype
