@@ -102,7 +102,7 @@ struct Outputs {
     float row_sum[ROWS];
     if constexpr (MINS || !KEPT) load_row_sums<ROWS>(a, s, row_sum);
     if constexpr (!KEPT) {
-      add_segment<ROWS, PANELS>(a, s, part, nullptr, row_sum);
+      add_segment<ROWS, PANELS>(a, s, part, row_sum);
     } else {
       PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
         const int64_t at = p * a.panel_scales + s.group * 16;

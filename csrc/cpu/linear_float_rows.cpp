@@ -49,7 +49,7 @@ inline __attribute__((always_inline)) void run_float_rows(const TileArgs& a) {
     }
     float row_sum[ROWS];
     load_row_sums<ROWS>(a, s, row_sum);
-    add_segment<ROWS, PANELS>(a, s, part, nullptr, row_sum);
+    add_segment<ROWS, PANELS>(a, s, part, row_sum);
   });
 }
 

@@ -49,11 +49,10 @@ static inline __attribute__((always_inline)) void load_row_sums(const TileArgs& 
       memcpy(&sums[r], a.rows + r * a.row->bytes + a.row->sum_at + 4 * s.index, 4);
 }
 
-// acc += scale * part (+ min * sum), part already times the row's own scale.
+// acc += scale * part (+ min * sum), for float rows.
 template <int ROWS, int PANELS>
 static inline __attribute__((always_inline)) void add_segment(
-    const TileArgs& a, const Segment& s, const vf (&part)[ROWS][PANELS], const float* row_scale,
-    const float* row_sum) {
+    const TileArgs& a, const Segment& s, const vf (&part)[ROWS][PANELS], const float* row_sum) {
   PLL_UNROLL for (int p = 0; p < PANELS; ++p) {
     const int64_t at = p * a.panel_scales + s.group * 16;
     const vf scale = load_scales(*a.packed, a.scales, at);
@@ -64,14 +63,12 @@ static inline __attribute__((always_inline)) void add_segment(
       if (a.packed->zero_points) min = vmul(vsub(vzero(), scale), min);
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         float* to = a.acc + r * a.acc_stride + p * 16;
-        const vf factor = row_scale ? vmul(scale, vset1(row_scale[r])) : scale;
-        vstore(to, vfma(min, vset1(row_sum[r]), vfma(part[r][p], factor, vload(to))));
+        vstore(to, vfma(min, vset1(row_sum[r]), vfma(part[r][p], scale, vload(to))));
       }
     } else {
       PLL_UNROLL for (int r = 0; r < ROWS; ++r) {
         float* to = a.acc + r * a.acc_stride + p * 16;
-        const vf factor = row_scale ? vmul(scale, vset1(row_scale[r])) : scale;
-        vstore(to, vfma(part[r][p], factor, vload(to)));
+        vstore(to, vfma(part[r][p], scale, vload(to)));
       }
     }
   }

@@ -66,8 +66,9 @@ def evaluate(
     Loss is the mean KL divergence to the reference in nats per token, how often the likeliest
     token is the same, and perplexity.
     """
+    from pyllmlite.cli.plot_file import check_plot
     from pyllmlite.compress import evaluate as logic
-    from pyllmlite.compress.plot import check_plot, draw
+    from pyllmlite.compress.plot import draw
     from pyllmlite.compress.texts import read_text
 
     if plot is not None:

@@ -54,11 +54,12 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what fits, how fast it will be and what it costs, before a model is loaded."""
+    from pyllmlite.cli.plot_file import check_plot
     from pyllmlite.core.config import parse_bytes
     from pyllmlite.core.errors import ConfigError
     from pyllmlite.sizing.devices import find_device
     from pyllmlite.sizing.plan import BATCHES, as_dict, make_plan
-    from pyllmlite.sizing.plot import check_plot, draw
+    from pyllmlite.sizing.plot import draw
 
     if plot is not None:
         check_plot(plot)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +10,7 @@ from pyllmlite.core.errors import ConfigError
 if TYPE_CHECKING:
     from pyllmlite.compress.evaluate import Report
 
-SUFFIXES = (".png", ".svg", ".pdf")
 LEAST_KL = 1e-6  # what a logarithmic axis begins with
-
-
-def check_plot(path: str | Path) -> None:
-    """``ConfigError`` before any work is done: matplotlib is missing, or the file cannot be
-    drawn."""
-    target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--plot writes {', '.join(SUFFIXES)}, not {target.name!r}")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"--plot: {target.absolute().parent} is no directory")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
 
 
 def draw(report: Report, path: str | Path) -> None:

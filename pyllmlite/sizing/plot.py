@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,6 @@ from typing import Any
 from pyllmlite.core.errors import ConfigError
 from pyllmlite.sizing.plan import Plan
 from pyllmlite.sizing.roofline import decode, work
-
-SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: str | Path) -> None:
-    """``ConfigError`` before any work is done: matplotlib is missing, or the file cannot be
-    drawn."""
-    target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--plot writes {', '.join(SUFFIXES)}, not {target.name!r}")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"--plot: {target.absolute().parent} is no directory")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
 
 
 def roofline_points(plan: Plan) -> list[tuple[float, float]]:

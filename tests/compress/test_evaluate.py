@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from pyllmlite.cli.plot_file import check_plot
 from pyllmlite.compress.compare import Distributions, Score
 from pyllmlite.compress.evaluate import Choice, evaluate, provenance
-from pyllmlite.compress.plot import check_plot, draw
+from pyllmlite.compress.plot import draw
 from pyllmlite.compress.quantize import quantize_model
 from pyllmlite.compress.settings import Settings
 from pyllmlite.compress.texts import Text, read_text, windows_of

@@ -7,6 +7,7 @@ import pytest
 from text_model import write_text_model
 from tiny_models import TINY
 
+from pyllmlite.cli.plot_file import check_plot
 from pyllmlite.core.config import EngineConfig
 from pyllmlite.core.errors import ConfigError
 from pyllmlite.model.build import build
@@ -25,7 +26,7 @@ from pyllmlite.sizing.footprint import (
 )
 from pyllmlite.sizing.kernels import attention_seconds, linear_curves
 from pyllmlite.sizing.plan import as_dict, cost_per_million, knee_in, make_plan
-from pyllmlite.sizing.plot import check_plot, draw, roofline_points
+from pyllmlite.sizing.plot import draw, roofline_points
 from pyllmlite.sizing.steptime import CPU, Efficiency, StepModel, interpolate
 
 MACHINE = Machine("x", 1, 0, 1e9, None, {"int8": 4e9, "bf16": 2e9, "f32": 1e9})
