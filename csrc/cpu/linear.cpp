@@ -241,6 +241,10 @@ void run_tile(const Linear& op, const RowGroup* groups, int64_t num_groups, int6
   }
 }
 
+struct Span {
+  int64_t first, last;
+};
+
 // The tiles of some rows.  A block of rows meets all weights before the next one does: its rows
 // stay in cache.
 struct Tiles {
@@ -251,35 +255,38 @@ struct Tiles {
   float* acc;
   int64_t begin = 0, end = 0, block = 0, count = 0, chunk = 1;
   // Of a block: first tiles of `width` panels, then of `tail`.
-  int64_t width = 1, tail = 1, wide = 0, panel_tiles = 1;
+  int64_t first_panel = 0, last_panel = 0, width = 1, tail = 1, wide = 0, panel_tiles = 1;
   int64_t cut = -1;  // the row whose block `groups` are of
   int64_t num_groups = 0;
   RowGroup groups[BLOCK_ROWS];
 
-  // Rows [first, last), for some threads to share.
-  void set_rows(int64_t first, int64_t last, int64_t threads) {
+  // Rows by panels, for some threads to share.
+  void set(Span rows, Span panels, int64_t threads) {
     const LinearState& s = op->state;
-    begin = first;
-    end = last;
+    begin = rows.first;
+    end = rows.last;
+    first_panel = panels.first;
+    last_panel = panels.last;
     cut = -1;
     count = 0;
-    if (first >= last) return;
-    const int64_t blocks = (last - first + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    block = round_up((last - first + blocks - 1) / blocks, s.max_rows);
+    const int64_t num_rows = end - begin, num_panels = last_panel - first_panel;
+    if (num_rows <= 0 || num_panels <= 0) return;
+    const int64_t blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    block = round_up((num_rows + blocks - 1) / blocks, s.max_rows);
     const int64_t narrowest = s.spec.gated ? 2 : 1;
     width = TILE_WIDTH;
-    while (width > narrowest && (s.num_panels + width - 1) / width * blocks < 4 * threads) {
+    while (width > narrowest && (num_panels + width - 1) / width * blocks < 4 * threads) {
       width /= 2;
     }
-    wide = s.num_panels / width;
+    wide = num_panels / width;
     tail = width;
     if (blocks == 1 && threads > 1) {
       // What does not give every thread as many tiles is cut narrower: else all wait for the last.
       wide = wide / threads * threads;
-      const int64_t rest = s.num_panels - wide * width;
+      const int64_t rest = num_panels - wide * width;
       tail = at_most(round_up((rest + threads - 1) / threads, 2), width);
     }
-    panel_tiles = wide + (tail > 0 ? (s.num_panels - wide * width + tail - 1) / tail : 0);
+    panel_tiles = wide + (tail > 0 ? (num_panels - wide * width + tail - 1) / tail : 0);
     count = panel_tiles * blocks;
     chunk = 1 + count / (threads * 16);
   }
@@ -287,8 +294,8 @@ struct Tiles {
   void run(int64_t tile) {
     const LinearState& s = op->state;
     const int64_t at = tile % panel_tiles, row = begin + tile / panel_tiles * block;
-    const int64_t first = at < wide ? at * width : wide * width + (at - wide) * tail;
-    const int64_t panels = at_most(at < wide ? width : tail, s.num_panels - first);
+    const int64_t first = first_panel + (at < wide ? at * width : wide * width + (at - wide) * tail);
+    const int64_t panels = at_most(at < wide ? width : tail, last_panel - first);
     const int64_t rows = at_most(block, end - row);
     if (rows <= 0) return;
     if (cut != row) num_groups = cut_rows(s, slices, slice, row, row + rows, groups);
@@ -366,16 +373,26 @@ void run_linear(void* pointer, const pll_batch* batch, const pll_tensor* buffers
   tiles.slice = slice;
   tiles.out = &out;
   tiles.acc = acc;
-  // Where there are rows enough for it, threads keep to the rows that they prepared themselves, and
-  // help the others afterwards: rows from another core's cache cost more than weights read twice.
-  const int32_t parties = local || slice < PARTY_ROWS ? 1 : threads < COUNTERS ? threads : COUNTERS;
+  // Threads keep to a part of their own, and help the others afterwards.  Where there are rows
+  // enough for it, it is the rows that they prepared themselves: rows from another core's cache
+  // cost more than weights read twice.  Else it is a stretch of the weights, which are then read in
+  // one go.
+  const bool by_rows = !local && slice >= PARTY_ROWS;
+  const int32_t parties = threads < COUNTERS ? threads : COUNTERS;
   const int32_t own_party = ctx->thread * parties / threads;
+  const int64_t pairs = (s.num_panels + 1) / 2;
   for (int32_t i = 0; i < parties; ++i) {
     const int32_t party = (own_party + i) % parties;
-    // The first thread of a party is the first t with t * parties / threads == party.
-    const int64_t first = (int64_t(party) * threads + parties - 1) / parties * slice;
-    const int64_t last = (int64_t(party + 1) * threads + parties - 1) / parties * slice;
-    tiles.set_rows(at_most(first, rows), at_most(last, rows), (threads + parties - 1) / parties);
+    Span some{0, rows}, panels{0, s.num_panels};
+    if (by_rows) {
+      // The first thread of a party is the first t with t * parties / threads == party.
+      some.first = at_most((int64_t(party) * threads + parties - 1) / parties * slice, rows);
+      some.last = at_most((int64_t(party + 1) * threads + parties - 1) / parties * slice, rows);
+    } else {
+      panels.first = at_most(party * pairs / parties * 2, s.num_panels);
+      panels.last = at_most((party + 1) * pairs / parties * 2, s.num_panels);
+    }
+    tiles.set(some, panels, (threads + parties - 1) / parties);
     for (;;) {
       const int64_t from = ctx->fetch_add(ctx, party, tiles.chunk);
       if (from >= tiles.count) break;
