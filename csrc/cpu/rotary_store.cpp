@@ -147,6 +147,27 @@ size_t store_scratch(void* state, int32_t, int32_t) {
   return kv.dtype == PLL_I8 ? (size_t(kv.head_dim) + 15) / 16 * 16 : 0;
 }
 
+// Asks for the lines that a token's key and value of a head will be written to.  Transposed, a key
+// has one in every row of its block: they come one by one, unless they were asked for long before.
+void ask_for_slot(const KVLayout& kv, int64_t slot, int32_t head, const pll_tensor* caches) {
+  if (slot < 0 || slot >= int64_t(kv.num_blocks) * kv.block_size) return;
+  const int64_t dims = kv.dtype == PLL_I8 ? 4 : 1;  // of a key side by side
+  const int64_t size = kv.dtype == PLL_F32 ? 4 : kv.dtype == PLL_BF16 ? 2 : 1;
+  const int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
+  const int64_t at = block * kv.num_kv_heads + head;
+  const int64_t row = kv.block_size * dims * size, key = (kv.head_dim + dims - 1) / dims * row;
+  const char* const keys = static_cast<const char*>(caches[0].data) + at * key + offset * dims * size;
+  for (int64_t i = 0; i < key; i += row < 64 ? 64 : row) __builtin_prefetch(keys + i, 1, 3);
+  const int64_t value = kv.head_dim * size;
+  const char* const values = static_cast<const char*>(caches[1].data) +
+                             at * value * kv.block_size + offset / dims * dims * value;
+  for (int64_t i = 0; i < dims * value; i += 64) __builtin_prefetch(values + i, 1, 3);
+  if (kv.dtype != PLL_I8) return;
+  const float* const scales = static_cast<const float*>(caches[2].data) + at * 2 * kv.block_size + offset;
+  __builtin_prefetch(scales, 1, 3);
+  __builtin_prefetch(scales + kv.block_size, 1, 3);
+}
+
 void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, int32_t,
                const pll_context* ctx) {
   const RotaryStoreSpec& spec = static_cast<StoreState*>(state)->spec;
@@ -155,20 +176,35 @@ void run_store(void* state, const pll_batch* batch, const pll_tensor* buffers, i
   const int32_t* slots = batch->kv_groups[spec.kv_group].slot_mapping;
   const int32_t half = spec.rotary_dim / 2;
   const int32_t heads = spec.num_heads + kv.num_kv_heads;
-  // Units of 16 tokens by one head: neighbours share the cache lines of transposed keys.
-  const int64_t chunks = (batch->num_tokens + 15) / 16;
-  const int64_t units = chunks * heads;
-  const int64_t threads = ctx->num_threads;
+  const int64_t threads = ctx->num_threads, tokens = batch->num_tokens;
+  // Units of some tokens by one head: 16 where there are many, as neighbours share the cache lines
+  // of transposed keys.
+  int64_t size = tokens / (2 * threads);
+  size = size < 1 ? 1 : size > 16 ? 16 : size;
+  const int64_t chunks = (tokens + size - 1) / size, units = chunks * heads;
   // Few units are dealt out in turn: the keys' heads, which cost the most, are the last ones.
   const bool deal = chunks < threads;
   const int64_t begin = deal ? ctx->thread : units * ctx->thread / threads;
   const int64_t end = deal ? units : units * (ctx->thread + 1) / threads;
+  auto ask_for_chunk = [&](int64_t chunk) {
+    for (int64_t t = chunk * size; t < (chunk + 1) * size && t < tokens; ++t) {
+      for (int32_t h = 0; h < kv.num_kv_heads; ++h) ask_for_slot(kv, slots[t], h, buffers + 1);
+    }
+  };
+  if (!deal && begin < end) ask_for_chunk(begin / heads);
+  for (int64_t u = begin; deal && u < end; u += threads) {
+    const int32_t head = static_cast<int32_t>(u % heads);
+    for (int64_t t = u / heads * size; head >= spec.num_heads && t < (u / heads + 1) * size && t < tokens; ++t) {
+      ask_for_slot(kv, slots[t], head - spec.num_heads, buffers + 1);
+    }
+  }
   for (int64_t u = begin; u < end; u += deal ? threads : 1) {
     // All heads of some tokens one after the other: their rows are then still in cache.
     const int32_t head = static_cast<int32_t>(u % heads);
-    const int32_t first = static_cast<int32_t>(u / heads) * 16;
-    const int32_t last = first + 16 < batch->num_tokens ? first + 16 : batch->num_tokens;
-    for (int32_t t = first; t < last; ++t) {
+    const int64_t chunk = u / heads, first = chunk * size;
+    const int64_t last = first + size < tokens ? first + size : tokens;
+    if (!deal && head == 0 && u + heads < end) ask_for_chunk(chunk + 1);
+    for (int64_t t = first; t < last; ++t) {
       float* row = static_cast<float*>(qkv.data) + t * qkv.stride[0];
       float* x = row + int64_t(head) * kv.head_dim;
       const bool is_key = head >= spec.num_heads;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ class BlockPool:
         self.evictions = 0
         self._group = group
         self._tree = tree
-        self._free = list(range(num_blocks - 1, -1, -1))
+        # A heap: the lowest block first.  A sequence then gets neighbours, which are read fastest,
+        # and memory that was used before, where a new page costs a fault.
+        self._free = list(range(num_blocks))
         self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest first
 
     @property
@@ -41,7 +44,7 @@ class BlockPool:
     def take(self) -> int:
         """A block with unknown contents, held once.  There must be one (``num_free``)."""
         if self._free:
-            block = self._free.pop()
+            block = heappop(self._free)
         else:
             block, _ = self._evictable.popitem(last=False)
             self.evictions += 1
@@ -62,7 +65,7 @@ class BlockPool:
         self.refs[block] = refs
         if refs == 0:
             if self.nodes[block] is None:
-                self._free.append(block)
+                heappush(self._free, block)
             else:
                 self._evictable[block] = None
 
@@ -78,7 +81,7 @@ class BlockPool:
         while self._evictable:
             block, _ = self._evictable.popitem(last=False)
             self.forget(block)
-            self._free.append(block)
+            heappush(self._free, block)
 
     def check(self, held: dict[int, int]) -> None:
         """``held``: how many sequences hold each block.  ``AssertionError`` with a reason."""
