@@ -100,7 +100,7 @@ static constexpr int MAX_NIBBLE_ROWS = 6;  // 4-bit codes with bf16 rows: output
 static constexpr int MAX_NIBBLE_ROWS = MAX_ROWS;
 #endif
 static constexpr int STREAM_ROWS = 4;         // of a quantized format, read panel by panel
-static constexpr int64_t STREAM_AHEAD = 2048;  // bytes
+static constexpr int64_t STREAM_AHEAD = 4096;  // bytes
 
 // panels: 1, TILE_PANELS, or WIDE_PANELS where rows <= WIDE_ROWS.  Int8 rows: rows <= MAX_INT_ROWS.
 TileKernel float_kernel(WeightFormat format, int rows, int panels);
