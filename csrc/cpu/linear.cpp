@@ -440,6 +440,12 @@ int64_t segment_of(int64_t k, int64_t weight_group, int64_t activation_group, in
   return segment <= MAX_SEGMENT ? segment : 0;
 }
 
+// 32 columns, whose rounding costs half of what 64 do (KL divergence, benchmarks/RESULTS.md), or the
+// weight's group where 32 does not divide it.
+int64_t own_activation_group(int64_t k, int64_t weight_group) {
+  return weight_group >= k || weight_group % 32 == 0 ? 32 : weight_group;
+}
+
 int64_t value_bytes(RowType type) {
   switch (type) {
     case RowType::F32: return 4;
@@ -497,7 +503,7 @@ void set_layout(LinearState* s) {
     if (spec.int8_activations) {
       row.type = RowType::INT8;
       row.raised = w.format == WeightFormat::INT8 ? I8_OFFSET : w.mins ? 0 : 8;
-      activation = spec.activation_group != 0 ? spec.activation_group : group < k ? group : 64;
+      activation = spec.activation_group != 0 ? spec.activation_group : own_activation_group(k, group);
       if (activation < k && activation % 8 != 0 && activation != group) {
         throw std::invalid_argument("linear: activation_group must be a multiple of 8");
       }
@@ -511,6 +517,9 @@ void set_layout(LinearState* s) {
     row.segments_per_group = group < k ? group / row.segment : row.num_segments;
     row.segments_per_activation_group =
         activation < k ? activation / row.segment : row.num_segments;
+    // Where the weight has one group, a last pair may be a single segment.
+    row.pairs = row.type == RowType::INT8 &&
+                (group < k ? row.segments_per_group % 2 == 0 : row.num_segments > 1);
     s->segment_bytes = row.segment * (w.format == WeightFormat::INT8 ? 16 : 8);
     const int64_t target = spec.int8_activations ? 1024 : 256;
     s->k_block = row.segment * (row.segment < target ? target / row.segment : 1);

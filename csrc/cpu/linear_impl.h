@@ -36,6 +36,7 @@ struct RowLayout {
   int64_t num_segments;
   int64_t segments_per_group;             // of the weight
   int64_t segments_per_activation_group;  // INT8 rows
+  bool pairs;                             // INT8 rows: a group of the weight is pairs of segments
   int64_t scale_at;                       // bytes from the row's start
   int64_t start_at;
   int64_t sum_at;

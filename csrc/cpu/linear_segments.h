@@ -24,21 +24,27 @@ struct Segment {
   int64_t group;
 };
 
-// Calls body(segment) for the segments of [k0, k1).
-template <class Body>
+// Calls body(segment) for the segments of [k0, k1), N at a time, which a group holds whole: index
+// and k0 are then the first one's, k1 the last one's.
+template <int N, class Body>
 static inline __attribute__((always_inline)) void each_segment(const TileArgs& a, Body body) {
   const RowLayout& row = *a.row;
+  const int64_t columns = N * row.segment;
   int64_t s = a.k0 / row.segment;
   int64_t group = s / row.segments_per_group;
   int64_t left = row.segments_per_group - s % row.segments_per_group;
-  for (int64_t k = a.k0; k < a.k1; k += row.segment, ++s) {
-    const int64_t end = k + row.segment < row.k ? k + row.segment : row.k;
+  for (int64_t k = a.k0; k < a.k1; k += columns, s += N) {
+    const int64_t end = k + columns < row.k ? k + columns : row.k;
     body(Segment{s, k, end, group});
-    if (--left == 0) {
+    if ((left -= N) <= 0) {
       ++group;
       left = row.segments_per_group;
     }
   }
+}
+template <class Body>
+static inline __attribute__((always_inline)) void each_segment(const TileArgs& a, Body body) {
+  each_segment<1>(a, body);
 }
 
 // Each row's sum of its values in a segment.

@@ -190,7 +190,7 @@ struct Reference {
     if (spec.int8_activations) {
       const int64_t group = spec.weight.group_size;
       const bool whole = group == 0 || group >= k;
-      int64_t size = spec.activation_group ? spec.activation_group : whole ? 64 : group;
+      int64_t size = spec.activation_group ? spec.activation_group : whole || group % 32 == 0 ? 32 : group;
       size = std::min(size, k);
       for (int64_t begin = 0; begin < k; begin += size) {
         const int64_t end = std::min(begin + size, k);

@@ -37,8 +37,8 @@ class LinearWeight:
             ``input_permutation[j]`` (GPTQ's act_order).
         zero_points: Integers ``[out, groups]``, instead of ``mins``:
             ``w = scale * (code - zero_point)``, exact where a float16 minimum would be rounded.
-        activation_group: Columns of the input that share a scale, with int8 activations; 0: the
-            weight's group, or 64 where that is the whole row; -1: the whole row.
+        activation_group: Columns of the input that share a scale, with int8 activations; 0:
+            32, or the weight's group where 32 does not divide it; -1: the whole row.
         outlier_threshold: With int8 activations: inputs of a row whose magnitude is larger are
             taken out and multiplied in float32 (LLM.int8()); 0: none.
         codebook: float32 ``[16]``; ``w = scale * codebook[code]`` (``codebook4``).

@@ -71,7 +71,7 @@ def quantized_rows(x: np.ndarray, group: int) -> np.ndarray:
 
 def seen_by_op(x: np.ndarray, fmt: str, group: int, int8: bool) -> np.ndarray:
     if int8:
-        return quantized_rows(x, group or 64)
+        return quantized_rows(x, 32 if group % 32 == 0 else group)
     return to_bf16(x).astype(np.float64) if fmt == "bf16" else x.astype(np.float64)
 
 

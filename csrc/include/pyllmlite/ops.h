@@ -58,7 +58,7 @@ struct LinearSpec {
   bool int8_activations = false;            // quantize rows to int8 per group of `activation_group`
   bool bf16_activations = false;            // round rows, and a codebook, to bf16, as BF16 weights
                                             // always do; needs a weight of codes, not int8 rows
-  int64_t activation_group = 0;             // 0: the weight's group, or 64 where that is the whole row
+  int64_t activation_group = 0;             // 0: 32, or the weight's group where 32 does not divide it
   float outlier_threshold = 0;              // > 0: inputs of larger magnitude stay floats
                                             // (LLM.int8()); needs int8_activations, INT8
   const float* bias = nullptr;              // [n]
