@@ -18,7 +18,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from pyllmlite._version import __version__
 from pyllmlite.serve.chat import ChatWriter
-from pyllmlite.serve.client import EngineClient, Ticket
 from pyllmlite.serve.completions import CompletionWriter
 from pyllmlite.serve.errors import ApiError
 from pyllmlite.serve.gate import Gate, error_response
@@ -34,6 +33,7 @@ from pyllmlite.serve.protocol import (
 )
 from pyllmlite.serve.settings import ServeConfig
 from pyllmlite.serve.text import Text
+from pyllmlite.serve.tickets import BaseClient, Ticket
 from pyllmlite.serve.tools import wanted_tools
 
 log = logging.getLogger("pyllmlite.serve")
@@ -56,7 +56,7 @@ class Service:
         model: The model as it was asked for; its last part is the name it is served under.
     """
 
-    def __init__(self, client: EngineClient, config: ServeConfig, model: str) -> None:
+    def __init__(self, client: BaseClient, config: ServeConfig, model: str) -> None:
         self.client = client
         self.config = config
         name = Path(model).name.removesuffix(".gguf") if Path(model).exists() else model

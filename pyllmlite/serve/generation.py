@@ -12,10 +12,10 @@ from typing import Any
 from starlette.responses import Response
 
 from pyllmlite.core.sampling import SamplingParams
-from pyllmlite.serve.client import EngineClient, Inbox, Ticket
 from pyllmlite.serve.errors import ApiError, left
 from pyllmlite.serve.settings import ServeConfig
 from pyllmlite.serve.sse import DONE, event
+from pyllmlite.serve.tickets import BaseClient, Inbox, Ticket
 
 log = logging.getLogger("pyllmlite.serve")
 
@@ -33,7 +33,7 @@ class Door:
     ``Retry-After`` is guessed from how fast requests have ended lately.
     """
 
-    def __init__(self, client: EngineClient, config: ServeConfig) -> None:
+    def __init__(self, client: BaseClient, config: ServeConfig) -> None:
         self._client = client
         self._config = config
         self._ends: deque[float] = deque(maxlen=64)
@@ -77,7 +77,7 @@ class Generation:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: BaseClient,
         prompts: list[list[int]],
         params: SamplingParams,
         *,
