@@ -18,17 +18,21 @@ class Inbox:
     Its size is bounded by the tokens of the request, so the engine never waits for a reader.
     """
 
-    __slots__ = ("_error", "_items", "_waiter", "accepted")
+    __slots__ = ("_error", "_items", "_rester", "_waiter", "accepted")
 
     def __init__(self) -> None:
         self.accepted = 0
         self._items: list[Any] = []
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._rester: asyncio.Future[None] | None = None
 
     def put(self, item: Any) -> None:
+        """``(tag, deltas, end)``."""
         self._items.append(item)
         self._wake()
+        if item[2] is not None:
+            self._wake_rester()
 
     def accept(self) -> None:
         self.accepted += 1
@@ -39,10 +43,27 @@ class Inbox:
         if self._error is None:
             self._error = error
         self._wake()
+        self._wake_rester()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _wake_rester(self) -> None:
+        if self._rester is not None and not self._rester.done():
+            self._rester.set_result(None)
+
+    async def rest(self, seconds: float) -> None:
+        """Let things gather that long; less if the end comes."""
+        if seconds <= 0 or self._error is not None or any(i[2] is not None for i in self._items):
+            return
+        self._rester = asyncio.get_running_loop().create_future()
+        timer = asyncio.get_running_loop().call_later(seconds, self._wake_rester)
+        try:
+            await self._rester
+        finally:
+            timer.cancel()
+            self._rester = None
 
     async def until_accepted(self, count: int) -> None:
         """``count`` prompts are in the engine.  ``ApiError``: one was refused."""
