@@ -66,9 +66,17 @@ def test_numbers_that_are_none(short, name, value):
     assert status == 400 and json.loads(answer)["error"]["message"]
 
 
-def test_bias_that_is_no_number(short):
-    body = b'{"prompt": "x", "logit_bias": {"1": NaN}}'
-    assert exchange(short, request("/v1/completions", body))[0] == 400
+@pytest.mark.parametrize(
+    "field",
+    ['"logit_bias": {"1": NaN}', '"stop_token_ids": [NaN]', '"stream_options": NaN',
+     '"structured_outputs": {"json": {"type": "number", "minimum": NaN}}',
+     '"structured_outputs": {"json": {"type": "string", "maxLength": Infinity}}',
+     '"guided_json": NaN'],
+)  # fmt: skip
+def test_fields_that_are_no_numbers(short, field):
+    body = b'{"prompt": "x", ' + field.encode() + b"}"
+    status, answer = exchange(short, request("/v1/completions", body))
+    assert status == 400 and json.loads(answer)["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +145,40 @@ def test_body_that_trickles(short):
                     raise OSError("answered")
 
 
+def test_chunked_body_that_stalls(short):
+    with connect(short) as sock:
+        sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\n"
+                     b"content-type: application/json\r\n"
+                     b"transfer-encoding: chunked\r\n\r\n5\r\n{\"pro")  # fmt: skip
+        assert read_all(sock).startswith(b"HTTP/1.1 408")
+
+
+def test_many_that_stall_hold_nobody_up(short):
+    data = request("/v1/completions", COMPLETION)
+    stalled = [connect(short) for _ in range(200)]
+    try:
+        for number, sock in enumerate(stalled):
+            sock.sendall(data[: number % len(data)])
+        for _ in range(5):
+            assert post(short, "/v1/completions", COMPLETION)[0] == 200
+        for sock in stalled:
+            assert read_all(sock)[:12] in (b"HTTP/1.1 408", b"")
+    finally:
+        for sock in stalled:
+            sock.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 1.0])
+def test_half_closed(short, part, stream):
+    """Whoever closes its side for writing is gone (docs/serve.md): no answer has to come."""
+    data = request("/v1/completions", {**COMPLETION, "max_tokens": 100, "stream": stream})
+    with connect(short) as sock:
+        sock.sendall(data[: int(part * len(data))])
+        sock.shutdown(socket.SHUT_WR)
+        read_all(sock)  # until the server closes
+
+
 def test_header_that_stalls(short):
     for start in (b"", b"POST /v1/comple", b"GET / HTTP/1.1\r\nhost: localhost\r\nx-"):
         with connect(short) as sock:
@@ -178,6 +220,16 @@ def test_header_flood(short, one):
         b"CONNECT example.org:80 HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"OPTIONS * HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"expect: 100-continue\r\ncontent-length: 2\r\n\r\n{}",
+        b"GET / HTTP/9.9\r\nhost: localhost\r\n\r\n",
+        b"GET /\x7f\xc3\xa4 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx\x00y: \x01\r\n\r\n",
+        b"GET / HTTP/1.1\nhost: localhost\n\n",
     ],
 )
 def test_what_is_no_request(short, data):
