@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("serve_peers.json"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left running
     words = {"servers": given.servers, "num_prompts": given.num_prompts, "rate": given.rate}
     kept = json.loads(given.out.read_text()) if given.out.exists() else {}
     results = kept.get("results", {}) if kept.get("words") == words else {}

@@ -116,12 +116,12 @@ class Service:
         self, generation: Generation, writer: Any, body: Sampling, request: Request
     ) -> Response:
         """The stream, or the whole answer."""
+        # Also while a grammar is compiled, or all engines of a cluster are full.
+        generation.watch(request.scope, request.receive)
         try:
-            if not body.stream:
-                generation.watch(request.scope, request.receive)
-                await generation.accepted()
-                return JSONResponse(await writer.whole())
             await generation.accepted()
+            if not body.stream:
+                return JSONResponse(await writer.whole())
         except BaseException:
             generation.close()
             raise

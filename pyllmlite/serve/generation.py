@@ -160,7 +160,7 @@ class EventStream(Response):
 
     Args:
         events: ``data: ...`` lines; errors in it become an event too.
-        generation: Watched, and closed at the end.
+        generation: Closed at the end.
     """
 
     media_type = "text/event-stream"
@@ -173,7 +173,6 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            self._generation.watch(scope, receive)
             await send(
                 {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             )

@@ -46,10 +46,14 @@ class Affinity:
     def __init__(
         self, capacity: int = 1 << 20, imbalance: int = 16, min_share: float = 0.25
     ) -> None:
-        self._max_blocks = max(capacity // BLOCK, 1)
+        self.set_capacity(capacity)
         self._imbalance = imbalance
         self._min_share = min_share
         self._held: dict[str, OrderedDict[bytes, None]] = {}
+
+    def set_capacity(self, tokens: int) -> None:
+        """What one replica can hold is known by now."""
+        self._max_blocks = max(tokens // BLOCK, 1)
 
     def keep_only(self, replicas: set[str]) -> None:
         """The others are gone, and what they held with them."""

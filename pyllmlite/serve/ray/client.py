@@ -69,7 +69,11 @@ class RayClient(BaseClient):
                     self.info = {**info, "max_num_seqs": seats}
                     self.state = "ready"
                     self.on_ready()
-                self.stats = total(f.get("stats", {}) for f in self.replicas().values())
+                said = [f["stats"] for f in self.replicas().values() if f.get("stats")]
+                self.stats = total(said)
+                if said and self.state == "ready":
+                    blocks = min(stats["num_blocks"] for stats in said)
+                    here.router.set_capacity(blocks * self.info["block_size"])
             except asyncio.CancelledError:
                 raise
             except Exception as error:

@@ -17,12 +17,14 @@ class PrefixRouter(RequestRouter):
     to where its prefix is; any other to the idlest one.
     """
 
-    def initialize_state(
-        self, capacity: int = 1 << 20, imbalance: int = 16, min_share: float = 0.25
-    ) -> None:
+    def initialize_state(self, imbalance: int = 16, min_share: float = 0.25) -> None:
         """What ``RequestRouterConfig.request_router_kwargs`` holds; see :class:`Affinity`."""
-        self._affinity = Affinity(capacity, imbalance, min_share)
+        self._affinity = Affinity(imbalance=imbalance, min_share=min_share)
         here.router = self
+
+    def set_capacity(self, tokens: int) -> None:
+        """That one replica can hold."""
+        self._affinity.set_capacity(tokens)
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Per replica what it has said of itself lately."""
