@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from pyllmlite._version import __version__
 from pyllmlite.serve.chat import ChatWriter
@@ -37,6 +39,9 @@ from pyllmlite.serve.tickets import BaseClient, Ticket
 from pyllmlite.serve.tools import wanted_tools
 
 log = logging.getLogger("pyllmlite.serve")
+
+# Tokens that are written as JSON at once.
+_PIECE = 1 << 14
 
 PAGE = Path(__file__).with_name("page.html")
 _PAGE_HEADERS = {
@@ -273,20 +278,32 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
+async def _tokens(
+    ids: list[int], max_model_len: int, token: Callable[[int], str | None] | None
+) -> AsyncIterator[str]:
+    """JSON in pieces: millions of tokens at once would hold everybody up."""
+    yield f'{{"count":{len(ids)},"max_model_len":{max_model_len},"tokens":['
+    for start in range(0, len(ids), _PIECE):
+        yield "," * (start > 0) + ",".join(map(str, ids[start : start + _PIECE]))
+        await asyncio.sleep(0)
+    if token is not None:
+        yield '],"token_strs":['
+        for start in range(0, len(ids), _PIECE):
+            piece = json.dumps([token(id) for id in ids[start : start + _PIECE]])
+            yield "," * (start > 0) + piece[1:-1]
+            await asyncio.sleep(0)
+    yield "]}"
+
+
 def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Response:
         service.check_model(body.model)
         service.client.check()
         ids = await service.text.tokenize(body)
-        found: dict[str, Any] = {
-            "count": len(ids),
-            "max_model_len": service.client.info["max_model_len"],
-            "tokens": ids,
-        }
-        if body.return_token_strs:
-            found["token_strs"] = [service.text.tokenizer.token(token) for token in ids]
-        return found
+        token = service.text.tokenizer.token if body.return_token_strs else None
+        limit = service.client.info["max_model_len"]
+        return StreamingResponse(_tokens(ids, limit, token), media_type="application/json")
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

@@ -115,6 +115,34 @@ def test_long_prompts_cost_little(short, text):
     assert time.monotonic() - begun < 5
 
 
+LOADS = {
+    "text to tokenize": ("/tokenize", {"prompt": "ab " * 2_500_000}, 200),
+    "ids to detokenize": ("/detokenize", {"tokens": [7] * 2_500_000}, 200),
+    "ids": ("/v1/completions", {"prompt": [7] * 2_500_000}, 400),
+    "no ids": ("/v1/completions", {"prompt": [None] * 1_500_000}, 400),
+    "prompts": ("/v1/completions", {"prompt": ["a"] * 1_500_000}, 400),
+    "messages": ("/v1/chat/completions", {"messages": [{"role": "user"}] * 400_000}, 400),
+    "no messages": ("/v1/chat/completions", {"messages": [{}] * 1_500_000}, 400),
+    "parts": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 10**6}]},
+              400),
+    "biases": ("/v1/completions", {"prompt": "a", "logit_bias": dict.fromkeys(range(500_000), 1.0)},
+               400),
+    "choices": ("/v1/completions", {"prompt": "a", "guided_choice": ["a"] * 1_000_000}, 400),
+    "tools": ("/v1/chat/completions", {**CHAT, "tools": [{}] * 2_000_000}, 400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOADS)
+def test_bodies_of_megabytes_cost_little(short, what):
+    """8 MB in many small pieces: each is looked at, while everybody waits."""
+    path, body, expected = LOADS[what]
+    begun = time.monotonic()
+    status, answer = exchange(short, request(path, json.dumps(body).encode()), 20)
+    assert status == expected, answer[:500]
+    assert len(answer) < 1000 or status == 200
+    assert time.monotonic() - begun < 15  # some took minutes
+
+
 def test_endless_chunked_body(short):
     with connect(short) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
