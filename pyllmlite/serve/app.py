@@ -302,8 +302,11 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         service.client.check()
         ids = await service.text.tokenize(body)
         token = service.text.tokenizer.token if body.return_token_strs else None
-        limit = service.client.info["max_model_len"]
-        return StreamingResponse(_tokens(ids, limit, token), media_type="application/json")
+        pieces = _tokens(ids, service.client.info["max_model_len"], token)
+        if len(ids) <= _PIECE:
+            text = "".join([piece async for piece in pieces])
+            return Response(text, media_type="application/json")
+        return StreamingResponse(pieces, media_type="application/json")
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

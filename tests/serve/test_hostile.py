@@ -119,7 +119,7 @@ LOADS = {
     "text to tokenize": ("/tokenize", {"prompt": "ab " * 2_500_000}, 200),
     "ids to detokenize": ("/detokenize", {"tokens": [7] * 2_500_000}, 200),
     "ids": ("/v1/completions", {"prompt": [7] * 2_500_000}, 400),
-    "no ids": ("/v1/completions", {"prompt": [None] * 1_500_000}, 400),
+    "no ids": ("/v1/completions", {"prompt": [None] * 1_300_000}, 400),
     "prompts": ("/v1/completions", {"prompt": ["a"] * 1_500_000}, 400),
     "messages": ("/v1/chat/completions", {"messages": [{"role": "user"}] * 400_000}, 400),
     "no messages": ("/v1/chat/completions", {"messages": [{}] * 1_500_000}, 400),
@@ -136,11 +136,21 @@ LOADS = {
 def test_bodies_of_megabytes_cost_little(short, what):
     """8 MB in many small pieces: each is looked at, while everybody waits."""
     path, body, expected = LOADS[what]
-    begun = time.monotonic()
-    status, answer = exchange(short, request(path, json.dumps(body).encode()), 20)
+    status, answer = exchange(short, request(path, json.dumps(body).encode()), 60)
     assert status == expected, answer[:500]
     assert len(answer) < 1000 or status == 200
-    assert time.monotonic() - begun < 15  # some took minutes
+
+
+def test_others_are_answered_while_a_long_text_is_tokenized(short):
+    with connect(short, 120) as sock:
+        sock.sendall(request("/tokenize", LOADS["text to tokenize"][1], "connection: close"))
+        sock.setblocking(False)
+        for _ in range(3):
+            assert post(short, "/v1/completions", COMPLETION)[0] == 200
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+        sock.settimeout(120)
+        assert read_all(sock).startswith(b"HTTP/1.1 200")
 
 
 def test_endless_chunked_body(short):
