@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from raw import connect, exchange, post, read_all, request
@@ -142,7 +143,16 @@ def test_a_known_prefix_reaches_the_replica_that_holds_it(cluster):
     assert sum(hits) >= 0.9 * len(hits)
 
 
-def test_killing_a_replica_loses_nothing(cluster, server):
+def child_of(pid):
+    """The engine's process."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    (child,) = [int(word) for file in children for word in file.read_text().split()]
+    return child
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process in /proc")
+@pytest.mark.parametrize("what", ["actor", "engine"])
+def test_killing_a_replica_loses_nothing(cluster, server, what):
     """Neither those that wait, nor those that run: they go on where they were."""
     expected = {}
     bodies = [{"prompt": [5 + n, 6, 7], "seed": n, "max_tokens": 400, "ignore_eos": True,
@@ -170,7 +180,8 @@ def test_killing_a_replica_loses_nothing(cluster, server):
     for thread in threads:
         thread.start()
     cluster.until(lambda: cluster.stats()["running"] >= 8)
-    os.kill(next(iter(before.values())), signal.SIGKILL)
+    pid = next(iter(before.values()))
+    os.kill(pid if what == "actor" else child_of(pid), signal.SIGKILL)
     for thread in threads:
         thread.join(120)
     assert found == expected

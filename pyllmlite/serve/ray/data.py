@@ -46,7 +46,8 @@ class _Answer:
         if not prompts:
             return []
         try:
-            many, chats = [], []
+            many: list[Any] = []
+            chats: list[Any] = []
             for prompt in prompts:
                 (chats if _is_chat(prompt) else many).append(prompt)
             texts = iter(self._llm.generate(many, self._params, use_tqdm=False) if many else ())

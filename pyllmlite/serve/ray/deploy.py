@@ -36,6 +36,8 @@ class AppArgs(BaseModel):
         fronts: Processes that take HTTP requests and tokenize.
         imbalance: Requests that an engine may be ahead of the idlest one and still get those whose
             prefix it holds.
+        message_rate: Messages per second of one engine; with many streams tokens go in larger
+            pieces.
         host: Where Serve listens: on this machine only names of its own are taken.
         api_key_file: Keys, one a line, on the machines of the fronts.
         cors_origins: With commas between them.
@@ -51,6 +53,7 @@ class AppArgs(BaseModel):
     num_gpus: float = Field(0.0, ge=0)
     fronts: int = Field(1, ge=1)
     imbalance: int = Field(16, ge=0)
+    message_rate: float = Field(100.0, gt=0)
     host: str = "127.0.0.1"
     api_key_file: str | None = None
     cors_origins: str = ""
@@ -128,7 +131,7 @@ def app(args: AppArgs) -> Application:
     )
     config = EngineConfig.from_kwargs(**options)
     return front.bind(
-        engines.bind(options),
+        engines.bind(options, args.message_rate),
         args.model,
         config.tokenizer,
         config.revision,

@@ -34,7 +34,7 @@ class Front:
         keys_needed: There must be one.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         engines: Any,
         model: str | None,

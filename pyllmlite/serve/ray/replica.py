@@ -19,10 +19,6 @@ from pyllmlite.serve.worker import params_from_wire
 
 log = logging.getLogger("pyllmlite.serve")
 
-# Messages per second that all streams of a replica send together, about.  Each costs some tenths
-# of a millisecond on both sides: with 64 streams a message per token would take a core.
-RATE = 250.0
-
 
 class Replica:
     """Runs prompts, and says what comes out of them.
@@ -30,11 +26,20 @@ class Replica:
     Items of :meth:`generate` are ``["accepted", replica]``, then ``["out", deltas, end]`` as the
     worker has them (the times of ``end`` as seconds ago), or ``["refused", {...}]``.
 
+    Args:
+        options: Fields of :class:`EngineConfig`.
+        message_rate: Messages per second that all streams send together, about.  Each costs
+            about a millisecond of processor time on its way to the client: with 64 streams a
+            message per token would take a core.
+
     An engine that has died cannot be mended: the actor ends at once, which tells everybody that
     waits for it, and Serve starts another.
     """
 
-    async def __init__(self, options: dict[str, Any], load_timeout: float = 600.0) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, options: dict[str, Any], message_rate: float, load_timeout: float = 600.0
+    ) -> None:
+        self._interval = 1.0 / message_rate
         self._client = EngineClient(options)
         ready = asyncio.Event()
         self._client.on_ready = ready.set
@@ -106,7 +111,7 @@ class Replica:
                 yield ["out", merged(deltas), None if end is None else _ago(end)]
                 if end is None:
                     # Until then tokens gather and go together.
-                    rest = self._streams / RATE - (time.monotonic() - begun)
+                    rest = self._streams * self._interval - (time.monotonic() - begun)
                     await inbox.rest(max(rest, 0.0))
         except ApiError as error:
             yield ["refused", {"status": error.status, "message": error.message,
