@@ -23,14 +23,17 @@ PICKY = ("model", "suffix", "best_of", "structured_outputs", "guided_json", "gui
 
 
 def fuzz(url, cases, note=None):
-    """About ``cases`` requests; a Counter of statuses by ``(method, path, fits, status)``.
+    """At least ``cases`` requests, the same in every run.
+
+    Returns:
+        A Counter of answers by ``(method, path, fits, status)``.
 
     Raises:
         AssertionError: A status from 500 on, or no answer; says which request it was.
     """
     import requests
     import schemathesis
-    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import HealthCheck, Phase, given, seed, settings
     from hypothesis.errors import Unsatisfiable
     from schemathesis import GenerationMode
 
@@ -58,20 +61,30 @@ def fuzz(url, cases, note=None):
 
         return send
 
+    def run(operation, mode, count, number):
+        runs = settings(
+            max_examples=count, database=None, deadline=None, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        strategy = operation.as_strategy(generation_mode=mode)
+        try:
+            seed(number)(runs(given(case=strategy)(sender(operation, mode))))()
+        except Unsatisfiable:  # nothing can be wrong with a request that takes nothing
+            pass
+        if note is not None:
+            note(operation, mode, sum(seen.values()))
+
+    modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
     for operation in operations:
-        share = -(-cases // (2 * len(takers))) if operation in takers else 3
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            runs = settings(
-                max_examples=share, derandomize=True, database=None, deadline=None,
-                phases=[Phase.generate], suppress_health_check=list(HealthCheck),
-            )  # fmt: skip
-            strategy = operation.as_strategy(generation_mode=mode)
-            try:
-                runs(given(case=strategy)(sender(operation, mode)))()
-            except Unsatisfiable:  # nothing can be wrong with a request that takes nothing
-                pass
-            if note is not None:
-                note(operation, mode, sum(seen.values()))
+        if operation not in takers:
+            for mode in modes:
+                run(operation, mode, 3, 0)
+    number = 0
+    while (left := cases - sum(seen.values())) > 0:  # some have few cases that differ
+        for operation in takers:
+            for mode in modes:
+                run(operation, mode, -(-left // (2 * len(takers))), number)
+        number += 1
     return seen
 
 
