@@ -210,8 +210,9 @@ def test_options_that_cannot_be(given, what):
     from pyllmlite.serve.ray import app
     from pyllmlite.serve.ray.deploy import AppArgs
 
-    with pytest.raises(ConfigError, match=what):
-        app(AppArgs(**given))
+    for args in (AppArgs(**given), {name: str(value) for name, value in given.items()}):
+        with pytest.raises(ConfigError, match=what):
+            app(args)
 
 
 def test_options_of_a_command_line():

@@ -84,9 +84,17 @@ def _value(text: Any) -> Any:
     return text
 
 
-def app(args: AppArgs) -> Application:
-    """Engines behind one API: ``serve run pyllmlite.serve.ray:app model=... replicas=2``."""
+def app(args: AppArgs | dict[str, Any]) -> Application:
+    """Engines behind one API: ``serve run pyllmlite.serve.ray:app model=... replicas=2``.
+
+    Args:
+        args: As Serve hands them over, a dict of strings or what its config file has.
+    Raises:
+        ConfigError: Options that cannot work, a package that is missing.
+    """
     check_packages()
+    if not isinstance(args, AppArgs):
+        args = AppArgs(**args)
     options = engine_options(args)
     most = args.max_replicas if args.max_replicas is not None else args.replicas
     if most < args.replicas:
