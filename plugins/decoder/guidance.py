@@ -58,10 +58,14 @@ class Guidance(Constraint):
         self._executor: Any = None
         self._tokenizer: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()  # of the last two: compile() comes from other threads
 
     @classmethod
     def applies(cls, params: Any) -> bool:
         return params.structured_outputs is not None
+
+    def compile(self, params: Any) -> None:
+        self._matcher(params.structured_outputs)
 
     def open(self, seq: Sequence) -> _State:
         params = seq.request.params
@@ -140,16 +144,21 @@ class Guidance(Constraint):
             )
         made = self._compiled.get(grammar)
         if made is None:
-            if self._tokenizer is None:
-                self._tokenizer = self._make_tokenizer()
-            made = _compiled(self._tokenizer, grammar)
+            made = _compiled(self._made_tokenizer(), grammar)
             if made.is_error():
                 raise RequestError(f"structured_outputs: {asked.kind}: {_line(made)}")
+        with self._lock:
             self._compiled[grammar] = made
+            self._compiled.move_to_end(grammar)
             if len(self._compiled) > MAX_GRAMMARS:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
         return made.deep_copy()
+
+    def _made_tokenizer(self) -> Any:
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._make_tokenizer()
+            return self._tokenizer
 
     def _make_tokenizer(self) -> Any:
         from llguidance import LLTokenizer

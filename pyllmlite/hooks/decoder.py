@@ -207,6 +207,11 @@ class Constraint(Strategy):
         """Does a request with these ``SamplingParams`` ask for this constraint?"""
         return False
 
+    def compile(self, params: Any) -> None:  # noqa: B027
+        """What takes long for these ``SamplingParams`` (a grammar), before :meth:`open`, and kept
+        for it.  A server calls this, from other threads and for several requests at once, while
+        the engine steps; elsewhere :meth:`open` has to do without.  ``RequestError`` as there."""
+
     @abstractmethod
     def open(self, seq: Sequence) -> Any:
         """A state for the sequence; ``RequestError`` if the grammar does not compile."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # The largest tokenizer.json in use (a vocabulary of 262,144 with its merges) has 35 MB.
 _MAX_FILE = 256 << 20
+# Characters and tokens up to which one call does: the library lets other threads run only while it
+# works on a batch, so that a text of megabytes would stop a whole server for seconds.
+_SHORT = 1024
 
 
 class Tokenizer:
@@ -95,7 +98,7 @@ class Tokenizer:
                 text.encode("utf-8")
             except UnicodeEncodeError:
                 raise RequestError("the prompt holds a lone surrogate, it is not text") from None
-        if len(texts) == 1:
+        if len(texts) == 1 and len(texts[0]) <= _SHORT:
             return [self.backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
         found = self.backend.encode_batch_fast(
             list(texts), add_special_tokens=add_special_tokens
@@ -106,6 +109,8 @@ class Tokenizer:
         """Text of token ids; bytes that are no whole character come out as U+FFFD.  Ids without a
         token (a vocabulary padded up for the hardware) come out as nothing."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if len(ids) > _SHORT:
+            return self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token(self, token_id: int) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from pyllmlite._version import __version__
 from pyllmlite.serve.chat import ChatWriter
-from pyllmlite.serve.client import EngineClient, Ticket
 from pyllmlite.serve.completions import CompletionWriter
 from pyllmlite.serve.errors import ApiError
 from pyllmlite.serve.gate import Gate, error_response
@@ -34,9 +35,13 @@ from pyllmlite.serve.protocol import (
 )
 from pyllmlite.serve.settings import ServeConfig
 from pyllmlite.serve.text import Text
+from pyllmlite.serve.tickets import BaseClient, Ticket
 from pyllmlite.serve.tools import wanted_tools
 
 log = logging.getLogger("pyllmlite.serve")
+
+# Tokens that are written as JSON at once.
+_PIECE = 1 << 14
 
 PAGE = Path(__file__).with_name("page.html")
 _PAGE_HEADERS = {
@@ -56,7 +61,7 @@ class Service:
         model: The model as it was asked for; its last part is the name it is served under.
     """
 
-    def __init__(self, client: EngineClient, config: ServeConfig, model: str) -> None:
+    def __init__(self, client: BaseClient, config: ServeConfig, model: str) -> None:
         self.client = client
         self.config = config
         name = Path(model).name.removesuffix(".gguf") if Path(model).exists() else model
@@ -116,12 +121,12 @@ class Service:
         self, generation: Generation, writer: Any, body: Sampling, request: Request
     ) -> Response:
         """The stream, or the whole answer."""
+        # Also while a grammar is compiled, or all engines of a cluster are full.
+        generation.watch(request.scope, request.receive)
         try:
-            if not body.stream:
-                generation.watch(request.scope, request.receive)
-                await generation.accepted()
-                return JSONResponse(await writer.whole())
             await generation.accepted()
+            if not body.stream:
+                return JSONResponse(await writer.whole())
         except BaseException:
             generation.close()
             raise
@@ -273,20 +278,35 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
+async def _tokens(
+    ids: list[int], max_model_len: int, token: Callable[[int], str | None] | None
+) -> AsyncIterator[str]:
+    """JSON in pieces: millions of tokens at once would hold everybody up."""
+    yield f'{{"count":{len(ids)},"max_model_len":{max_model_len},"tokens":['
+    for start in range(0, len(ids), _PIECE):
+        yield "," * (start > 0) + ",".join(map(str, ids[start : start + _PIECE]))
+        await asyncio.sleep(0)
+    if token is not None:
+        yield '],"token_strs":['
+        for start in range(0, len(ids), _PIECE):
+            piece = json.dumps([token(id) for id in ids[start : start + _PIECE]])
+            yield "," * (start > 0) + piece[1:-1]
+            await asyncio.sleep(0)
+    yield "]}"
+
+
 def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Response:
         service.check_model(body.model)
         service.client.check()
         ids = await service.text.tokenize(body)
-        found: dict[str, Any] = {
-            "count": len(ids),
-            "max_model_len": service.client.info["max_model_len"],
-            "tokens": ids,
-        }
-        if body.return_token_strs:
-            found["token_strs"] = [service.text.tokenizer.token(token) for token in ids]
-        return found
+        token = service.text.tokenizer.token if body.return_token_strs else None
+        pieces = _tokens(ids, service.client.info["max_model_len"], token)
+        if len(ids) <= _PIECE:
+            text = "".join([piece async for piece in pieces])
+            return Response(text, media_type="application/json")
+        return StreamingResponse(pieces, media_type="application/json")
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 from starlette.responses import Response
 
 from pyllmlite.core.sampling import SamplingParams
-from pyllmlite.serve.client import EngineClient, Inbox, Ticket
 from pyllmlite.serve.errors import ApiError, left
 from pyllmlite.serve.settings import ServeConfig
 from pyllmlite.serve.sse import DONE, event
+from pyllmlite.serve.tickets import BaseClient, Inbox, Ticket
 
 log = logging.getLogger("pyllmlite.serve")
 
@@ -33,7 +33,7 @@ class Door:
     ``Retry-After`` is guessed from how fast requests have ended lately.
     """
 
-    def __init__(self, client: EngineClient, config: ServeConfig) -> None:
+    def __init__(self, client: BaseClient, config: ServeConfig) -> None:
         self._client = client
         self._config = config
         self._ends: deque[float] = deque(maxlen=64)
@@ -77,7 +77,7 @@ class Generation:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: BaseClient,
         prompts: list[list[int]],
         params: SamplingParams,
         *,
@@ -160,7 +160,7 @@ class EventStream(Response):
 
     Args:
         events: ``data: ...`` lines; errors in it become an event too.
-        generation: Watched, and closed at the end.
+        generation: Closed at the end.
     """
 
     media_type = "text/event-stream"
@@ -173,7 +173,6 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            self._generation.watch(scope, receive)
             await send(
                 {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             )

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from pyllmlite.serve.client import EngineClient, Ticket
+from pyllmlite.serve.tickets import BaseClient, Ticket
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -39,7 +39,7 @@ class Metrics:
         client: Its engine; its ``stats`` are read at each scrape.
     """
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: BaseClient) -> None:
         self.registry = CollectorRegistry()
         self._client = client
         self.registry.register(self)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ _SAME = (
     "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-# Bytes of JSON: a grammar is compiled between two steps, while everybody waits.
+# Bytes of JSON: a grammar takes the longer to compile the longer it is.
 _MAX_STRUCTURED = 64 << 10
 _FIELDS = {field.name for field in fields(SamplingParams)}
 

@@ -125,6 +125,8 @@ class Worker:
     """
 
     def __init__(self, sock: socket.socket, engine: Engine, unpacker: Unpacker) -> None:
+        from pyllmlite.engine.compiling import Compiler
+
         self._sock = sock
         self._engine = engine
         self._unpacker = unpacker
@@ -133,6 +135,12 @@ class Worker:
         self._refused: list[list[str]] = []
         self._pending: list[Any] = []  # commands that came with others
         self._due = False  # the other side's figures are old
+        # A compiler's thread says with a byte that it is done, which ends a wait for commands.
+        self._woken, self._waker = socket.socketpair()
+        for end in (self._woken, self._waker):
+            end.setblocking(False)
+        self._compiler = Compiler(engine.built.constraints, self._wake)
+        self._compiling: dict[str, tuple[Any, ...]] = {}
 
     def run(self, pending: list[Any]) -> None:
         """Until the other side is gone."""
@@ -157,6 +165,9 @@ class Worker:
                 last = now
                 self._due = not idle
             wait = None if idle else engine.wait_seconds()
+            compiling = self._compiler.wait_seconds()
+            if compiling is not None:
+                wait = compiling if wait is None else min(wait, compiling)
 
     def _step(self) -> list[Any]:
         outputs = [self._output(state) for state in self._engine.step()]
@@ -223,7 +234,12 @@ class Worker:
         if self._pending:
             commands, self._pending = self._pending, []
         else:
-            if not select.select([self._sock], [], [], wait)[0]:
+            ready = select.select([self._sock, self._woken], [], [], wait)[0]
+            if self._woken in ready:
+                self._woken.recv(1024)
+            if self._compiling:
+                self._admit()
+            if self._sock not in ready:
                 return True
             data = self._sock.recv(_READ)
             if not data:
@@ -240,6 +256,8 @@ class Worker:
         elif command[0] == "abort":
             self._due = True
             self._sent.pop(command[1], None)
+            if self._compiling.pop(command[1], None) is not None:
+                self._compiler.cancel(command[1])
             self._engine.abort(command[1])
         elif command[0] == "snapshot":
             self._sock.sendall(
@@ -247,16 +265,46 @@ class Worker:
             )
 
     def _add(self, id: str, ids: list[int], params: Any, client: str, stream: bool) -> None:
+        try:
+            made = params_from_wire(params)
+        except Exception as error:
+            self._refuse(id, error)
+            return
+        if self._compiler.wants(made):
+            self._compiling[id] = (ids, made, client, stream)
+            self._compiler.submit(id, made)
+        else:
+            self._start(id, ids, made, client, stream)
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"x")
+        except BlockingIOError:  # enough lies there
+            pass
+
+    def _admit(self) -> None:
+        """Requests whose constraints are compiled come in."""
+        for id, error in self._compiler.take():
+            request = self._compiling.pop(id)
+            if error is None:
+                self._start(id, *request)
+            else:
+                self._refuse(id, error)
+
+    def _refuse(self, id: str, error: Exception) -> None:
         from pyllmlite.engine.failure import failure
+
+        known = isinstance(error, PyllmliteError)
+        self._refused.append([id, str(error) if known else failure("the request", error)])
+
+    def _start(self, id: str, ids: list[int], made: Any, client: str, stream: bool) -> None:
         from pyllmlite.hooks.decoder import Decoder
 
         engine = self._engine
         try:
-            made = params_from_wire(params)
             engine.add(id, {"prompt_token_ids": ids}, made, client=client, stream=stream)
         except Exception as error:
-            known = isinstance(error, PyllmliteError)
-            self._refused.append([id, str(error) if known else failure("the request", error)])
+            self._refuse(id, error)
             return
         # One that does more than append (beams) has nothing to show before the end.
         appends = type(engine.requests[id].decoder).advance is Decoder.advance

@@ -66,9 +66,17 @@ def test_numbers_that_are_none(short, name, value):
     assert status == 400 and json.loads(answer)["error"]["message"]
 
 
-def test_bias_that_is_no_number(short):
-    body = b'{"prompt": "x", "logit_bias": {"1": NaN}}'
-    assert exchange(short, request("/v1/completions", body))[0] == 400
+@pytest.mark.parametrize(
+    "field",
+    ['"logit_bias": {"1": NaN}', '"stop_token_ids": [NaN]', '"stream_options": NaN',
+     '"structured_outputs": {"json": {"type": "number", "minimum": NaN}}',
+     '"structured_outputs": {"json": {"type": "string", "maxLength": Infinity}}',
+     '"guided_json": NaN'],
+)  # fmt: skip
+def test_fields_that_are_no_numbers(short, field):
+    body = b'{"prompt": "x", ' + field.encode() + b"}"
+    status, answer = exchange(short, request("/v1/completions", body))
+    assert status == 400 and json.loads(answer)["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,43 @@ def test_long_prompts_cost_little(short, text):
     assert time.monotonic() - begun < 5
 
 
+LOADS = {
+    "text to tokenize": ("/tokenize", {"prompt": "ab " * 1_000_000}, 200),
+    "ids to detokenize": ("/detokenize", {"tokens": [7] * 2_500_000}, 200),
+    "ids": ("/v1/completions", {"prompt": [7] * 2_500_000}, 400),
+    "no ids": ("/v1/completions", {"prompt": [None] * 1_300_000}, 400),
+    "prompts": ("/v1/completions", {"prompt": ["a"] * 1_500_000}, 400),
+    "messages": ("/v1/chat/completions", {"messages": [{"role": "user"}] * 400_000}, 400),
+    "no messages": ("/v1/chat/completions", {"messages": [{}] * 1_500_000}, 400),
+    "parts": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 10**6}]},
+              400),
+    "biases": ("/v1/completions", {"prompt": "a", "logit_bias": dict.fromkeys(range(500_000), 1.0)},
+               400),
+    "choices": ("/v1/completions", {"prompt": "a", "guided_choice": ["a"] * 1_000_000}, 400),
+    "tools": ("/v1/chat/completions", {**CHAT, "tools": [{}] * 2_000_000}, 400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOADS)
+def test_bodies_of_megabytes_cost_little(short, what):
+    """8 MB in many small pieces: each is looked at, while everybody waits."""
+    path, body, expected = LOADS[what]
+    status, answer = exchange(short, request(path, json.dumps(body).encode()), 60)
+    assert status == expected, answer[:500]
+    assert len(answer) < 1000 or status == 200
+
+
+def test_others_are_answered_while_a_long_text_is_tokenized(short):
+    with connect(short, 120) as sock:
+        sock.sendall(request("/tokenize", LOADS["text to tokenize"][1], "connection: close"))
+        sock.setblocking(False)
+        assert post(short, "/v1/completions", COMPLETION)[0] == 200
+        with pytest.raises(BlockingIOError):
+            sock.recv(1)
+        sock.settimeout(120)
+        assert read_all(sock).startswith(b"HTTP/1.1 200")
+
+
 def test_endless_chunked_body(short):
     with connect(short) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
@@ -135,6 +180,40 @@ def test_body_that_trickles(short):
                 time.sleep(0.2)
                 if sock.recv(1000, socket.MSG_DONTWAIT):
                     raise OSError("answered")
+
+
+def test_chunked_body_that_stalls(short):
+    with connect(short) as sock:
+        sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\n"
+                     b"content-type: application/json\r\n"
+                     b"transfer-encoding: chunked\r\n\r\n5\r\n{\"pro")  # fmt: skip
+        assert read_all(sock).startswith(b"HTTP/1.1 408")
+
+
+def test_many_that_stall_hold_nobody_up(short):
+    data = request("/v1/completions", COMPLETION)
+    stalled = [connect(short) for _ in range(200)]
+    try:
+        for number, sock in enumerate(stalled):
+            sock.sendall(data[: number % len(data)])
+        for _ in range(5):
+            assert post(short, "/v1/completions", COMPLETION)[0] == 200
+        for sock in stalled:
+            assert read_all(sock)[:12] in (b"HTTP/1.1 408", b"")
+    finally:
+        for sock in stalled:
+            sock.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 1.0])
+def test_half_closed(short, part, stream):
+    """Whoever closes its side for writing is gone (docs/serve.md): no answer has to come."""
+    data = request("/v1/completions", {**COMPLETION, "max_tokens": 100, "stream": stream})
+    with connect(short) as sock:
+        sock.sendall(data[: int(part * len(data))])
+        sock.shutdown(socket.SHUT_WR)
+        read_all(sock)  # until the server closes
 
 
 def test_header_that_stalls(short):
@@ -178,6 +257,16 @@ def test_header_flood(short, one):
         b"CONNECT example.org:80 HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"OPTIONS * HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"expect: 100-continue\r\ncontent-length: 2\r\n\r\n{}",
+        b"GET / HTTP/9.9\r\nhost: localhost\r\n\r\n",
+        b"GET /\x7f\xc3\xa4 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx\x00y: \x01\r\n\r\n",
+        b"GET / HTTP/1.1\nhost: localhost\n\n",
     ],
 )
 def test_what_is_no_request(short, data):
