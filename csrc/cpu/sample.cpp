@@ -323,8 +323,10 @@ bool process(const RowRef& ref, const float* raw, int64_t n, const Scratch& scra
   return true;
 }
 
-// Log-probability and rank of the chosen token, and the best ones, of the raw distribution.
-void write_logprobs(const RowRef& ref, const Logits& raw, int32_t token, const Scratch& scratch) {
+// Log-probability and rank of the chosen token of the raw distribution, and the best ones of
+// `best`, less its normalizer.
+void write_logprobs(const RowRef& ref, const Logits& raw, const Logits& best, int32_t token,
+                    const Scratch& scratch) {
   const pll_sampler_inputs& in = *ref.in;
   const double lse = double(raw.max) + log(support_mass(raw, {-INFINITY, kNoLast}, 1.0f));
   const float value = raw.values[token];
@@ -342,13 +344,13 @@ void write_logprobs(const RowRef& ref, const Logits& raw, int32_t token, const S
   if (n > in.max_logprobs) n = in.max_logprobs;
   if (n > raw.count) n = raw.count;
   if (n <= 0) return;
-  best_keys(raw, n, scratch.keys);
+  best_keys(best, n, scratch.keys);
   sort_keys(scratch.keys, n);
   int32_t* ids = in.top_ids + int64_t(ref.index) * in.max_logprobs;
   float* logprobs = in.top_logprobs + int64_t(ref.index) * in.max_logprobs;
   for (int64_t i = 0; i < n; ++i) {
     ids[i] = static_cast<int32_t>(key_id(scratch.keys[i]));
-    logprobs[i] = static_cast<float>(double(raw.values[ids[i]]) - lse);
+    logprobs[i] = static_cast<float>(double(best.values[ids[i]]) - lse);
   }
 }
 
@@ -366,8 +368,8 @@ void sample_row(const RowRef& ref, const float* values, int64_t n, const Scratch
   Logits raw;
   if (!scan(values, n, scratch.raw_max, &raw)) return;
   int32_t token = target;
+  Logits logits = raw;
   if (target < 0) {
-    Logits logits = raw;
     if (process(ref, values, n, scratch)) {
       if (!scan(scratch.work, n, scratch.work_max, &logits)) return;
     }
@@ -378,7 +380,7 @@ void sample_row(const RowRef& ref, const float* values, int64_t n, const Scratch
   in.status[ref.index] = 0;
   in.tokens[ref.index] = token;
   if ((params.num_logprobs >= 0 || target >= 0) && token < n) {
-    write_logprobs(ref, raw, token, scratch);
+    write_logprobs(ref, raw, params.top_of_processed ? logits : raw, token, scratch);
   }
 }
 
