@@ -17,7 +17,7 @@ from pyllmlite.hooks.cache import CacheNeeds, KVCache, KVView, StoreLayer
 from pyllmlite.hooks.sink import OpSink
 from pyllmlite.runtime.native import native
 from pyllmlite_plugins.cache.block_pool import BlockPool
-from pyllmlite_plugins.cache.plan import peak_blocks, split
+from pyllmlite_plugins.cache.plan import Kept, peak_blocks, split
 from pyllmlite_plugins.cache.prefix_tree import Node, PrefixTree
 from pyllmlite_plugins.layout import (
     DTYPES,
@@ -39,7 +39,8 @@ class _Held:
 
     Attributes:
         blocks: Per group its blocks in order; -1: fell out of the window.
-        first: Per group the index of the first that did not.
+        first: Per group the index of the first that did not (blocks of sinks stand before those
+            that did).
         computed: Tokens that are in the cache.
         full: Blocks whose contents are committed.
         ready: Tokens for which there is room that only this sequence writes to.
@@ -77,11 +78,16 @@ class _Held:
         self.asked = 0
 
 
+def _present(blocks: list[int]) -> list[int]:
+    return [block for block in blocks if block >= 0]
+
+
 class BlockCache(KVCache):
     """A :class:`KVCache` over pools of equal blocks, one pool for each KV group."""
 
     layout = PAGED_KT
     kv_dtypes = DTYPES[PAGED_KT]
+    keeps_sinks = True
     share_prefixes = False
 
     @classmethod
@@ -96,12 +102,13 @@ class BlockCache(KVCache):
         super().__init__(needs)
         self.block_size = self._choose_block_size(needs)
         self.kv_dtype = self._auto_dtype(needs) if needs.kv_dtype == "auto" else needs.kv_dtype
-        self._windows = [group.window for group in needs.groups]
+        size = self.block_size
+        self._kept = [Kept(group.window, -(-group.sinks // size)) for group in needs.groups]
         one = block_bytes(needs.num_kv_heads, needs.head_dim, self.block_size, self.kv_dtype)
         self._block_bytes = [len(group.layers) * one for group in needs.groups]
         sharing = self.share_prefixes and needs.prefix_caching
         counts = split(
-            self._windows,
+            self._kept,
             self._block_bytes,
             self.block_size,
             needs.max_bytes,
@@ -111,13 +118,13 @@ class BlockCache(KVCache):
             keep_unreferenced=sharing,
         )
         self.num_blocks = min(counts)
-        self._tree = PrefixTree(self.block_size, self._windows) if sharing else None
+        self._tree = PrefixTree(self.block_size, self._kept) if sharing else None
         self._pools = [BlockPool(n, g, self._tree) for g, n in enumerate(counts)]
         self._max_blocks = -(-needs.max_model_len // self.block_size)
         self._tables = [
             np.full((needs.max_rows, self._max_blocks), -1, np.int32) for _ in self._pools
         ]
-        self._tracks_blocks = sharing or any(w is not None for w in self._windows)
+        self._tracks_blocks = sharing or any(kept.window is not None for kept in self._kept)
         self._held: dict[int, _Held] = {}
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self._pools]
         self._num_copies = self._waits = self._hit_tokens = self._query_tokens = 0
@@ -219,10 +226,13 @@ class BlockCache(KVCache):
         """Hold the blocks of the prefix that the next token still sees."""
         held.full = len(path)
         held.hit = held.computed = held.ready = len(path) * self.block_size
-        for g, (pool, window) in enumerate(zip(self._pools, self._windows, strict=True)):
+        for g, (pool, (window, sinks)) in enumerate(zip(self._pools, self._kept, strict=True)):
             first = 0 if window is None else max(0, held.hit - window + 1) // self.block_size
-            blocks = [-1] * first + [node.blocks[g] for node in path[first:]]
-            for block in blocks[first:]:
+            first = 0 if first <= sinks else first
+            blocks = [
+                node.blocks[g] if i < sinks or i >= first else -1 for i, node in enumerate(path)
+            ]
+            for block in _present(blocks):
                 pool.share(block)
             held.first[g] = first
             held.blocks[g] = blocks
@@ -303,15 +313,15 @@ class BlockCache(KVCache):
             held.node = node
         held.full = full
         held.next_work = (full + 1) * size
-        for g, window in enumerate(self._windows):
+        for g, (window, _) in enumerate(self._kept):
             if window is not None:
                 # One block is kept beyond the window: a sequence may go back a little.
                 self._drop(held, g, max(0, held.computed - window + 1) // size - 1)
 
     def _drop(self, held: _Held, group: int, first: int) -> None:
-        """The blocks before ``first`` fell out of the window."""
+        """The blocks before ``first`` fell out of the window, but for those of the sinks."""
         pool, blocks = self._pools[group], held.blocks[group]
-        old = held.first[group]
+        old = max(held.first[group], self._kept[group].sinks)
         for i in range(old, first):
             pool.release(blocks[i])
             blocks[i] = -1
@@ -331,7 +341,7 @@ class BlockCache(KVCache):
         the last commit, or before what was taken over (free it and acquire it again)."""
         held, size = self._held[seq_id], self.block_size
         if num_tokens < held.computed:
-            for window, first in zip(self._windows, held.first, strict=True):
+            for (window, _), first in zip(self._kept, held.first, strict=True):
                 if window is not None and max(0, num_tokens - window + 1) // size < first:
                     raise ValueError(
                         f"sequence {seq_id} cannot go back to {num_tokens} tokens: "
@@ -378,7 +388,7 @@ class BlockCache(KVCache):
         keep = -(-parent.computed // self.block_size)
         for g, pool in enumerate(self._pools):
             blocks = parent.blocks[g][:keep]
-            for block in blocks[child.first[g] :]:
+            for block in _present(blocks):
                 pool.share(block)
             child.blocks[g] = blocks
             self._tables[g][row, :keep] = blocks
@@ -395,7 +405,7 @@ class BlockCache(KVCache):
             self._query_tokens -= held.asked
         for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
             # Last first, so that the tail of a prefix is evicted before its beginning.
-            for block in reversed(blocks[held.first[g] :]):
+            for block in reversed(_present(blocks)):
                 pool.release(block)
             self._tables[g][held.row, : len(blocks)] = -1
         if self._tree is not None:
@@ -420,7 +430,7 @@ class BlockCache(KVCache):
         want = -(-num_tokens // size)
         if seq_id is None:
             chunk = self.needs.max_num_batched_tokens
-            return max(peak_blocks(num_tokens, w, size, chunk) for w in self._windows)
+            return max(peak_blocks(num_tokens, kept, size, chunk) for kept in self._kept)
         held = self._held[seq_id]
         if num_tokens <= held.ready:
             return 0
@@ -432,9 +442,9 @@ class BlockCache(KVCache):
 
     def max_tokens_per_sequence(self) -> int:
         longest = self.needs.max_model_len
-        for pool, window in zip(self._pools, self._windows, strict=True):
+        for pool, kept in zip(self._pools, self._kept, strict=True):
             peak = peak_blocks(
-                longest, window, self.block_size, self.needs.max_num_batched_tokens
+                longest, kept, self.block_size, self.needs.max_num_batched_tokens
             )
             if peak > pool.num_blocks:
                 longest = min(longest, pool.num_blocks * self.block_size)
@@ -463,10 +473,15 @@ class BlockCache(KVCache):
             expected = np.full_like(self._tables[g], -1)
             for seq_id, held in self._held.items():
                 blocks, first = held.blocks[g], held.first[g]
-                assert all(b < 0 for b in blocks[:first]), f"sequence {seq_id} holds dropped blocks"
-                assert all(b >= 0 for b in blocks[first:]), f"sequence {seq_id} misses a block"
+                sinks = self._kept[g].sinks if first else 0
+                assert all(b < 0 for b in blocks[sinks:first]), (
+                    f"sequence {seq_id} holds dropped blocks"
+                )
+                assert all(b >= 0 for b in blocks[:sinks] + blocks[first:]), (
+                    f"sequence {seq_id} misses a block"
+                )
                 assert held.computed <= len(blocks) * size, f"sequence {seq_id} lacks room"
-                counts.update(blocks[first:])
+                counts.update(_present(blocks))
                 expected[held.row, : len(blocks)] = blocks
                 for block in blocks[held.computed // size : -(-held.ready // size)]:
                     if held.ready > held.computed:

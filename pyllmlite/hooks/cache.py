@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVGroup:
-    """Layers that keep the same tokens.  ``window``: tokens that a query still sees; None: all."""
+    """Layers that keep the same tokens.
+
+    Attributes:
+        window: Tokens that a query still sees; None: all.
+        sinks: First tokens of a sequence that it sees besides (StreamingLLM, Xiao et al. 2023);
+            more than 0 only with a window.
+    """
 
     layers: tuple[int, ...]
     window: int | None
+    sinks: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,24 @@ class KVCache(Strategy):
 
     What a rollback needs stays until it is certain: a block leaves a window only in
     ``commit``, by the committed length, and only committed tokens are ever shared.
+
+    Attributes:
+        keeps_sinks: A group's first ``sinks`` tokens stay when they fall out of its window; a
+            cache that does not say so is not taken where there are sinks.
     """
 
     contract = "cache"
+    keeps_sinks: bool = False
     layout: str
     kv_dtype: str
     block_size: int
     num_blocks: int
+
+    @classmethod
+    def undeclared(cls, need: CacheNeeds) -> str | None:
+        if any(group.sinks for group in need.groups) and not cls.keeps_sinks:
+            return "does not keep attention sinks (keeps_sinks)"
+        return None
 
     def __init__(self, needs: CacheNeeds) -> None:
         """Plan the memory; ``CapacityError`` if not even one sequence of one block fits."""

@@ -209,7 +209,7 @@ def planned_ops(spec: ModelSpec, weights: Weights, kv_dtype: str) -> list[OpEntr
         at = f"layers.{i}."
         store = OpCost(token_bytes=4.0 * (spec.q_size + 2 * spec.kv_size) * 2)
         ops.append(OpEntry(at + "rotary_store", "rotary_store", (), store))
-        cost = attention_cost(spec, kv_dtype, layer.window)
+        cost = attention_cost(spec, kv_dtype, layer)
         ops.append(OpEntry(at + "attention", "attention", (), cost))
     sample = OpCost(token_bytes=4.0 * spec.vocab_size, per_logit_row=True)
     ops.append(OpEntry("sample", "sample", (), sample))

@@ -24,13 +24,21 @@ TOKEN_BYTES = 2 * HEAD_DIM * 4  # K and V of one float32 head, one layer
 
 
 def needs_for(
-    windows: Sequence[int | None], num_tokens: int, max_rows: int = 8, **changes: Any
+    windows: Sequence[int | None],
+    num_tokens: int,
+    max_rows: int = 8,
+    sinks: int = 0,
+    **changes: Any,
 ) -> CacheNeeds:
-    """A cache with one layer a window and memory for about ``num_tokens`` tokens in each."""
+    """A cache with one layer a window (beside it ``sinks``), and memory for about ``num_tokens``
+    tokens in each."""
     arguments: dict[str, Any] = {
         "device": "cpu",
         "dtype": "f32",
-        "groups": tuple(KVGroup((i,), window) for i, window in enumerate(windows)),
+        "groups": tuple(
+            KVGroup((i,), window, 0 if window is None else sinks)
+            for i, window in enumerate(windows)
+        ),
         "num_layers": len(windows),
         "num_kv_heads": 1,
         "head_dim": HEAD_DIM,
@@ -222,7 +230,7 @@ class CacheModel:
         for group, kv_group in enumerate(self.needs.groups):
             window = kv_group.window
             low = 0 if window is None else max(0, line.computed - window + 1)
-            for position in range(low, target):
+            for position in [*range(min(kv_group.sinks, low)), *range(low, target)]:
                 got = self.slots[group].get(self._slot(group, line.row, position))
                 assert got == line.history[position], (
                     f"group {group}: position {position} of {target} holds another token's KV"
@@ -275,7 +283,8 @@ class CacheConformance(Conformance):
     def supported(self, windows: Sequence[int | None], tokens: int, **changes: Any) -> Any:
         """Needs that the cache takes, or None."""
         needs = needs_for(windows, tokens, **changes)
-        return None if self.strategy.supports(needs) is not None else needs
+        refused = self.strategy.undeclared(needs) or self.strategy.supports(needs)
+        return None if refused is not None else needs
 
     def test_random_operations(self) -> None:
         needs = self.supported(self.windows[0], 320)
@@ -285,6 +294,12 @@ class CacheConformance(Conformance):
     def test_random_operations_with_windows(self) -> None:
         for seed, windows in enumerate(self.windows[1:]):
             needs = self.supported(windows, 320)
+            if needs is not None:
+                self._random(needs, self.operations // 5, seed)
+
+    def test_random_operations_with_sinks(self) -> None:
+        for seed, sinks in enumerate((4, 20)):
+            needs = self.supported((None, 24), 400, sinks=sinks)
             if needs is not None:
                 self._random(needs, self.operations // 5, seed)
 
@@ -397,3 +412,6 @@ class CacheConformance(Conformance):
                 check_against_dense(
                     self.strategy, None, shape, windows, dtype=dtype, rotary_dim=rotary
                 )
+        if self.strategy.keeps_sinks:
+            shape = HeadShape(4, 2, 16)
+            check_against_dense(self.strategy, None, shape, (None, 20), rotary_dim=8, sinks=4)
