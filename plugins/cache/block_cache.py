@@ -9,24 +9,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from pyllmlite.hooks.cache import CacheNeeds, KVCache, KVView, StoreLayer
-from pyllmlite.hooks.sink import OpSink
-from pyllmlite.runtime.native import native
+from pyllmlite.hooks.cache import CacheNeeds
 from pyllmlite_plugins.cache.block_pool import BlockPool
 from pyllmlite_plugins.cache.plan import Kept, peak_blocks, split
 from pyllmlite_plugins.cache.prefix_tree import Node, PrefixTree
-from pyllmlite_plugins.layout import (
-    DTYPES,
-    PAGED_KT,
-    allocate,
-    block_bytes,
-    buffers,
-    native_layout,
-)
+from pyllmlite_plugins.cache.storage import BlockStorage
+from pyllmlite_plugins.cache.swap_space import SwapSpace
 
 NEVER = sys.maxsize
 # A sequence waits for a prefix in flight if that saves at least this part of what it would
@@ -39,8 +30,7 @@ class _Held:
 
     Attributes:
         blocks: Per group its blocks in order; -1: fell out of the window.
-        first: Per group the index of the first that did not (blocks of sinks stand before those
-            that did).
+        first: Per group the index of the first that did not; those of sinks stay before it.
         computed: Tokens that are in the cache.
         full: Blocks whose contents are committed.
         ready: Tokens for which there is room that only this sequence writes to.
@@ -62,10 +52,12 @@ class _Held:
         "pending",
         "ready",
         "row",
+        "salt",
     )
 
-    def __init__(self, row: int, num_groups: int) -> None:
+    def __init__(self, row: int, num_groups: int, salt: int) -> None:
         self.row = row
+        self.salt = salt
         self.blocks: list[list[int]] = [[] for _ in range(num_groups)]
         self.first = [0] * num_groups
         self.computed = 0
@@ -82,30 +74,17 @@ def _present(blocks: list[int]) -> list[int]:
     return [block for block in blocks if block >= 0]
 
 
-class BlockCache(KVCache):
+class BlockCache(BlockStorage):
     """A :class:`KVCache` over pools of equal blocks, one pool for each KV group."""
 
-    layout = PAGED_KT
-    kv_dtypes = DTYPES[PAGED_KT]
     keeps_sinks = True
+    swaps = True
     share_prefixes = False
-
-    @classmethod
-    def supports(cls, need: CacheNeeds) -> str | None:
-        if need.device != "cpu":
-            return f"stores on the CPU, not on {need.device!r}"
-        if need.kv_dtype != "auto" and need.kv_dtype not in cls.kv_dtypes:
-            return f"stores {', '.join(cls.kv_dtypes)}, not kv_dtype {need.kv_dtype!r}"
-        return None
 
     def __init__(self, needs: CacheNeeds) -> None:
         super().__init__(needs)
-        self.block_size = self._choose_block_size(needs)
-        self.kv_dtype = self._auto_dtype(needs) if needs.kv_dtype == "auto" else needs.kv_dtype
         size = self.block_size
         self._kept = [Kept(group.window, -(-group.sinks // size)) for group in needs.groups]
-        one = block_bytes(needs.num_kv_heads, needs.head_dim, self.block_size, self.kv_dtype)
-        self._block_bytes = [len(group.layers) * one for group in needs.groups]
         sharing = self.share_prefixes and needs.prefix_caching
         counts = split(
             self._kept,
@@ -118,6 +97,8 @@ class BlockCache(KVCache):
             keep_unreferenced=sharing,
         )
         self.num_blocks = min(counts)
+        self._allot(counts)
+        self._swap = SwapSpace(counts, self.swap_counts) if needs.swap_bytes else None
         self._tree = PrefixTree(self.block_size, self._kept) if sharing else None
         self._pools = [BlockPool(n, g, self._tree) for g, n in enumerate(counts)]
         self._max_blocks = -(-needs.max_model_len // self.block_size)
@@ -127,85 +108,18 @@ class BlockCache(KVCache):
         self._tracks_blocks = sharing or any(kept.window is not None for kept in self._kept)
         self._held: dict[int, _Held] = {}
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self._pools]
-        self._num_copies = self._waits = self._hit_tokens = self._query_tokens = 0
+        self._num_copies = self._num_swapped = self._waits = 0
+        self._hit_tokens = self._query_tokens = 0
 
-    def _choose_block_size(self, needs: CacheNeeds) -> int:
-        raise NotImplementedError
-
-    def _auto_dtype(self, needs: CacheNeeds) -> str:
-        """What ``kv_dtype="auto"`` stores: the model's own dtype."""
-        return "f32" if needs.dtype == "f32" else "bf16"
-
-    # -- at load -----------------------------------------------------------------------------
-    def add_tensors(self, sink: OpSink) -> list[KVView]:
-        needs = self.needs
-        views: list[KVView | None] = [None] * needs.num_layers
-        for g, (group, pool) in enumerate(zip(needs.groups, self._pools, strict=True)):
-            for layer in group.layers:
-                arrays = allocate(
-                    pool.num_blocks,
-                    needs.num_kv_heads,
-                    needs.head_dim,
-                    self.block_size,
-                    self.kv_dtype,
-                )
-                tensors = {
-                    name: sink.tensor(
-                        f"layers.{layer}.{name}_cache",
-                        array,
-                        "f32" if name == "scales" else self.kv_dtype,
-                    )
-                    for name, array in arrays.items()
-                }
-                views[layer] = KVView(
-                    layout=self.layout,
-                    dtype=self.kv_dtype,
-                    group=g,
-                    block_size=self.block_size,
-                    num_blocks=pool.num_blocks,
-                    k=tensors.pop("k"),
-                    v=tensors.pop("v"),
-                    extra=tensors,
-                )
-        missing = [i for i, view in enumerate(views) if view is None]
-        if missing:
-            raise ValueError(f"layers {missing} are in no KV group")
-        return [view for view in views if view is not None]
-
-    def add_store_op(self, sink: OpSink, layer: StoreLayer, qkv: Any, kv: KVView) -> None:
-        op = native().rotary_store(
-            num_heads=layer.num_heads,
-            kv=native_layout(kv, layer.num_kv_heads, layer.head_dim),
-            kv_group=kv.group,
-            rotary_dim=layer.rotary_dim,
-            cos=layer.cos,
-            sin=layer.sin,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            qk_norm_eps=layer.qk_norm_eps,
-        )
-        sink.op(op, [qkv, *buffers(kv)], f"layers.{layer.index}.rotary_store")
-
-    def add_copy_op(self, sink: OpSink, views: list[KVView]) -> None:
-        for group in range(len(self._pools)):
-            caches = [b for view in views if view.group == group for b in buffers(view)]
-            if caches:
-                sink.op(native().copy_blocks(group), caches, f"copy_blocks.{group}")
-
+    # -- sequences ---------------------------------------------------------------------------
     @property
     def block_tables(self) -> list[np.ndarray]:
         return self._tables
 
-    @property
-    def nbytes(self) -> int:
-        sizes = zip(self._pools, self._block_bytes, strict=True)
-        return sum(pool.num_blocks * block_bytes for pool, block_bytes in sizes)
-
-    # -- sequences ---------------------------------------------------------------------------
     def acquire(self, seq_id: int, row: int, token_ids: Sequence[int], salt: int = 0) -> int | None:
         if seq_id in self._held:
             raise ValueError(f"sequence {seq_id} is in the cache already")
-        held = _Held(row, len(self._pools))
+        held = _Held(row, len(self._pools), salt)
         held.asked = len(token_ids)
         if self._tree is not None:
             path, in_flight = self._tree.match(token_ids, salt)
@@ -305,7 +219,7 @@ class BlockCache(KVCache):
                 tree.leave(parent)
                 for g, pool in enumerate(self._pools):
                     block = held.blocks[g][i]
-                    if node.blocks[g] < 0 and pool.nodes[block] is None:
+                    if block >= 0 and node.blocks[g] < 0 and pool.nodes[block] is None:
                         tree.attach(node, g, block)
                         pool.nodes[block] = node
                 if node in held.pending:
@@ -323,7 +237,8 @@ class BlockCache(KVCache):
         pool, blocks = self._pools[group], held.blocks[group]
         old = max(held.first[group], self._kept[group].sinks)
         for i in range(old, first):
-            pool.release(blocks[i])
+            if blocks[i] >= 0:
+                pool.release(blocks[i])
             blocks[i] = -1
         if first > old:
             self._tables[group][held.row, old:first] = -1
@@ -380,7 +295,7 @@ class BlockCache(KVCache):
         if child_id in self._held:
             raise ValueError(f"sequence {child_id} is in the cache already")
         parent = self._held[parent_id]
-        child = _Held(row, len(self._pools))
+        child = _Held(row, len(self._pools), parent.salt)
         child.computed, child.full = parent.computed, parent.full
         child.next_work = parent.next_work
         child.first = list(parent.first)
@@ -403,16 +318,83 @@ class BlockCache(KVCache):
         if held.computed == held.hit:  # it never ran: not a hit that served anybody
             self._hit_tokens -= held.hit
             self._query_tokens -= held.asked
-        for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
-            # Last first, so that the tail of a prefix is evicted before its beginning.
-            for block in reversed(_present(blocks)):
-                pool.release(block)
-            self._tables[g][held.row, : len(blocks)] = -1
+        self._let_go(held)
         if self._tree is not None:
             for node in list(held.pending):
                 self._settle(held, node)
             assert held.node is not None
             self._tree.leave(held.node)
+
+    def _let_go(self, held: _Held) -> None:
+        for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
+            # Last first, so that the tail of a prefix is evicted before its beginning.
+            for block in reversed(_present(blocks)):
+                pool.release(block)
+            self._tables[g][held.row, : len(blocks)] = -1
+
+    # -- the swap space ----------------------------------------------------------------------
+    def swap_out(self, seq_id: int) -> bool:
+        held = self._held[seq_id]
+        if self._swap is None or not held.computed:
+            return False
+        filled = -(-held.computed // self.block_size)
+        blocks = [group[:filled] for group in held.blocks]
+        copies = self._swap.put(seq_id, blocks, held.first, held.computed, held.salt)
+        if copies is None:
+            return False
+        for queue, more in zip(self._copies, copies, strict=True):
+            queue += more
+        self._num_swapped += sum(map(len, copies))
+        self.free(seq_id)
+        return True
+
+    def swap_in(self, seq_id: int, row: int, token_ids: Sequence[int], num_tokens: int) -> bool:
+        """What is still in the prefix tree is taken from there, the rest from the swap space."""
+        assert self._swap is not None
+        size, swapped = self.block_size, self._swap.get(seq_id)
+        held = _Held(row, len(self._pools), swapped.salt)
+        path: list[Node] = []
+        if self._tree is not None:
+            path = self._tree.match(token_ids, swapped.salt)[0][: swapped.computed // size]
+        self._take_over(held, path)
+        want = -(-num_tokens // size)
+        missing = [
+            [i for i in range(len(path), len(blocks)) if blocks[i] >= 0]
+            for blocks in swapped.blocks
+        ]
+        for g, (pool, back) in enumerate(zip(self._pools, missing, strict=True)):
+            if len(back) + want - len(swapped.blocks[g]) > pool.num_free:
+                self._let_go(held)
+                return False
+        for g, (pool, back) in enumerate(zip(self._pools, missing, strict=True)):
+            blocks = held.blocks[g] + [-1] * (len(swapped.blocks[g]) - len(path))
+            for i in back:
+                blocks[i] = pool.take()
+                self._copies[g].append((swapped.blocks[g][i], blocks[i]))
+            held.blocks[g] = blocks
+            self._tables[g][row, : len(blocks)] = blocks
+            self._drop(held, g, swapped.first[g])
+        if self._tree is not None:
+            held.node = path[-1] if path else self._tree.root(swapped.salt)
+            self._tree.use(held.node)
+        # Blocks that came back are found by others from the next commit on: only then it is known
+        # that the copies have been made.
+        held.computed = held.ready = swapped.computed
+        held.hit = 0  # no hit: it had them before
+        if self._tracks_blocks:
+            held.next_work = (held.full + 1) * size
+        self._held[seq_id] = held
+        self._swap.drop(seq_id)
+        return self._grow(held, num_tokens)
+
+    def discard(self, seq_id: int) -> None:
+        assert self._swap is not None
+        self._swap.drop(seq_id)
+
+    def swap_bytes(self, seq_id: int) -> int:
+        filled = -(-self._held[seq_id].computed // self.block_size)
+        groups = zip(self._held[seq_id].blocks, self._block_bytes, strict=True)
+        return sum(len(_present(blocks[:filled])) * size for blocks, size in groups)
 
     def take_copies(self, group: int) -> list[tuple[int, int]]:
         copies = self._copies[group]
@@ -459,6 +441,8 @@ class BlockCache(KVCache):
             "query_tokens": self._query_tokens,
             "evictions": sum(pool.evictions for pool in self._pools),
             "copies": self._num_copies,
+            "swapped_blocks": self._num_swapped,
+            "num_free_swap_blocks": 0 if self._swap is None else self._swap.num_free,
             "waits": self._waits,
         }
 
@@ -490,6 +474,8 @@ class BlockCache(KVCache):
                         )
             pool.check(counts)
             assert (expected == self._tables[g]).all(), f"block table of group {g} is wrong"
+        if self._swap is not None:
+            self._swap.check()
         if self._tree is not None:
             self._check_tree(self._tree)
 

@@ -38,6 +38,7 @@ ENGINE: Table = {
     "sliding_window": (int, "Tokens that every layer sees back at most."),
     "attention_sinks": (int, "First tokens that stay besides such a window."),
     "swap_space": (str, "Memory for preempted sequences: GiB, or as 512MB."),
+    "preemption_mode": (str, "What a swap space is used by: auto, swap or recompute."),
     "enable_prefix_caching": (bool, "Prompts that begin alike share keys and values."),
     "bits": (int, "Bits of a quantized weight."),
     "group_size": (int, "Columns that share a scale."),

@@ -122,6 +122,8 @@ class EngineConfig:
             grow.
         swap_space: Memory in which the blocks of preempted sequences wait, as ``"512MB"`` or a
             number of GiB; 0: preempted sequences are computed again.
+        preemption_mode: With a swap space: ``swap``, ``recompute``, or ``auto``, whichever is
+            cheaper for a sequence.
         bits, group_size, symmetric: For the quantizer; None: its own defaults.
         max_logprobs: Most log-probabilities a request may ask for.
         revision: Of a model on the hub.
@@ -151,6 +153,7 @@ class EngineConfig:
     sliding_window: int | None = None
     attention_sinks: int = 0
     swap_space: float | str = 0
+    preemption_mode: str = "auto"
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -207,6 +210,12 @@ class EngineConfig:
         if self.attention_sinks and self.sliding_window is None:
             raise ConfigError("attention_sinks stay besides a window: give sliding_window too")
         _swap_bytes(self.swap_space)
+        if self.preemption_mode not in ("auto", "swap", "recompute"):
+            raise ConfigError(
+                f"preemption_mode must be auto, swap or recompute, got {self.preemption_mode!r}"
+            )
+        if self.preemption_mode == "swap" and not self.swap_bytes:
+            raise ConfigError("preemption_mode='swap' needs a swap_space")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if self.kv_cache_memory is not None:

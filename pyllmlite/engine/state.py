@@ -135,6 +135,7 @@ class RequestState:
             "bias_ids": list(bias),
             "bias_values": list(bias.values()),
             "banned_ids": sorted(self.stop_ids) if params.min_tokens else [],
+            "top_of_processed": False,
         }
 
     @property
@@ -173,6 +174,7 @@ class SequenceState:
     ranked: A decoder has set its ``cumulative_logprob``.
     num_top: Log-probabilities that its row yields, the decoder's wish included.
     reached: Tokens that it had computed at most when it was preempted.
+    swapped: It waits, and its blocks in the swap space.
     """
 
     __slots__ = (
@@ -189,6 +191,7 @@ class SequenceState:
         "request",
         "stamp",
         "stop_ids",
+        "swapped",
     )
 
     def __init__(self, request: RequestState, detokenizer: Detokenizer | None) -> None:
@@ -205,3 +208,4 @@ class SequenceState:
         self.num_top = request.num_logprobs
         self.reached = 0
         self.ranked = False
+        self.swapped = False

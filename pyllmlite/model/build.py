@@ -21,6 +21,7 @@ from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
 from pyllmlite.model.draft_runner import open_draft_model
 from pyllmlite.model.kv_groups import kv_groups, with_sinks
 from pyllmlite.model.options import Options
+from pyllmlite.model.preemption import worth_swapping
 from pyllmlite.model.source import ModelSource, open_model
 from pyllmlite.model.weights import keeps_codes, plan_matrices
 from pyllmlite.runtime.native import native
@@ -68,6 +69,7 @@ class Built:
     threads: int
     selections: dict[str, Selection] = field(default_factory=dict)
     load_seconds: float = 0.0
+    worth_swapping: Callable[[int, int], bool] | None = None
 
     def _window(self) -> str:
         """What was laid on the model's layers."""
@@ -188,6 +190,12 @@ def build(
             f"{quantizer.name!r}, {available / 1e9:.1f} GB are free; "
             "use fewer bits (quantizer='rtn', bits=4) or a smaller model"
         )
+    if config.swap_bytes > available - weight_bytes:
+        raise CapacityError(
+            f"swap_space does not fit: {config.swap_bytes / 1e9:.1f} GB beside "
+            f"{weight_bytes / 1e9:.1f} GB of weights, {available / 1e9:.1f} GB are free"
+        )
+    available -= config.swap_bytes
     if (config.kv_cache_bytes or 0) > available - weight_bytes:
         raise CapacityError(
             f"kv_cache_memory does not fit: {(config.kv_cache_bytes or 0) / 1e9:.1f} GB beside "
@@ -208,6 +216,7 @@ def build(
         kv_dtype=config.kv_cache_dtype,
         block_size=config.block_size,
         prefix_caching=config.enable_prefix_caching,
+        swap_bytes=config.swap_bytes,
         extra=options,
     )
     cache = _make(select("cache", config.cache, cache_needs), cache_needs)
@@ -300,6 +309,7 @@ def build(
         threads=threads,
         selections=selections,
         load_seconds=time.perf_counter() - started,
+        worth_swapping=worth_swapping(config, program, pool),
     )
     log.info("loaded in %.1f s\n%s", built.load_seconds, built.explain())
     return built
