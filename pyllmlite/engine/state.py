@@ -34,7 +34,8 @@ class RequestState:
         stop_ids: Tokens that end a sequence; ``named_stop_ids`` those the request named.
         plain: Nothing to do for a new token but to append it and to look whether it ends.
         special: A step with it needs planning: drafts, masks, scores of the prompt.
-        direct: All that there is to a step is to append the token that was sampled.
+        direct: All that there is to a step is to append the token that was sampled, and to tell
+            the constraints of it.
         unborn: Completions still to be forked off when the prompt is in the cache.
         live: Sequences that have not ended.
         logprobs: As the request's, and 0 where the engine needs them itself.
@@ -106,11 +107,14 @@ class RequestState:
             or decoder.plans_steps
             or params.prompt_logprobs is not None
         )
-        self.direct = (
-            self.plain
-            and not self.special
-            and self.num_logprobs < 0
-            and type(decoder).advance is Decoder.advance
+        self.direct = not (
+            params.stop
+            or params.min_tokens
+            or stream
+            or proposer is not None
+            or decoder.plans_steps
+            or self.num_logprobs >= 0
+            or type(decoder).advance is not Decoder.advance
         )
         self.sampling = self._sampling(prompt_len)
         self.unborn = 0 if decoder.owns_completions else params.num_completions - 1

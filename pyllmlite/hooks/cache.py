@@ -113,6 +113,7 @@ class KVCache(Strategy):
     ``commit``, by the committed length, and only committed tokens are ever shared.
 
     Attributes:
+        share_prefixes: Requests that begin alike hold the common blocks once.
         keeps_sinks: A group's first ``sinks`` tokens stay when they fall out of its window; a
             cache that does not say so is not taken where there are sinks.
         swaps: It has :meth:`swap_out` and what belongs to it; one that does not say so is not taken
@@ -120,6 +121,7 @@ class KVCache(Strategy):
     """
 
     contract = "cache"
+    share_prefixes: bool = False
     keeps_sinks: bool = False
     swaps: bool = False
     layout: str
