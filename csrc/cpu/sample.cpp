@@ -253,8 +253,16 @@ void apply_mask(const uint32_t* mask, int64_t n, float* work) {
   for (int64_t begin = 0; begin < n; begin += 32) {
     const uint32_t allowed = mask[begin >> 5];
     if (allowed == 0xffffffffu) continue;
-    for (int64_t i = begin; i < begin + 32 && i < n; ++i) {
-      if (!(allowed >> (i - begin) & 1)) work[i] = -INFINITY;
+    float* x = work + begin;
+    if (begin + 32 > n) {
+      for (int64_t i = 0; i < n - begin; ++i) {
+        if (!(allowed >> i & 1)) x[i] = -INFINITY;
+      }
+    } else if (allowed == 0) {  // nearly all words of a mask that forces a token or a few
+      vstore(x, vset1(-INFINITY));
+      vstore(x + 16, vset1(-INFINITY));
+    } else {  // no branches, so that it is done in vectors
+      for (int i = 0; i < 32; ++i) x[i] = allowed >> i & 1 ? x[i] : -INFINITY;
     }
   }
 }
