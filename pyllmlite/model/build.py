@@ -71,12 +71,16 @@ class Built:
     load_seconds: float = 0.0
     worth_swapping: Callable[[int, int], bool] | None = None
 
-    def _window(self) -> str:
-        """What was laid on the model's layers."""
-        if self.config.sliding_window is None:
-            return ""
-        sinks = self.config.attention_sinks
-        return f", window {self.config.sliding_window}" + (f" and {sinks} sinks" if sinks else "")
+    def _laid_on(self) -> str:
+        """What the configuration asks of the cache beyond the model's own needs."""
+        config, text = self.config, ""
+        if config.swap_bytes:
+            text += f", swap {config.swap_bytes / 1e6:.0f} MB ({config.preemption_mode})"
+        if config.sliding_window is not None:
+            text += f", window {config.sliding_window}"
+        if config.attention_sinks:
+            text += f" and {config.attention_sinks} sinks"
+        return text
 
     def explain(self) -> str:
         """What was selected for each hook, why, and why the others were not."""
@@ -88,7 +92,7 @@ class Built:
             f"weights     {'; '.join(formats)}",
             f"lengths     max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
             f"max_num_batched_tokens {self.max_num_batched_tokens}, "
-            f"KV {self.cache.nbytes / 1e6:.0f} MB{self._window()}",
+            f"KV {self.cache.nbytes / 1e6:.0f} MB{self._laid_on()}",
         ]
         for hook, chosen in self.selections.items():
             origin = f"{chosen.distribution} {chosen.version}".strip()

@@ -186,6 +186,7 @@ def test_on_a_model_too(path, options):
             assert got.error is None
             assert [c.token_ids for c in got.outputs] == [c.token_ids for c in want.outputs]
         llm.engine.check_integrity()
+        assert f"swap 2 MB ({mode})" in llm.explain()
         assert llm.engine.pool.preemptions > 0
         swapped = llm.built.cache.stats()["swapped_blocks"]
         assert swapped > 0 if mode == "swap" else mode == "auto" or swapped == 0
