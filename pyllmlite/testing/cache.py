@@ -348,14 +348,13 @@ class CacheConformance(Conformance):
                 self._random(needs, self.operations // 5, seed)
 
     def test_random_operations_with_a_swap_space(self) -> None:
-        for seed, (windows, options) in enumerate(
-            [
-                ((None,), {}),
-                ((None,), {"prefix_caching": False}),
-                ((None, 20), {}),
-                ((24,), {"sinks": 20}),
-            ]
-        ):
+        cases: list[tuple[tuple[int | None, ...], dict[str, Any]]] = [
+            ((None,), {}),
+            ((None,), {"prefix_caching": False}),
+            ((None, 20), {}),
+            ((24,), {"sinks": 20}),
+        ]
+        for seed, (windows, options) in enumerate(cases):
             space = 150 * TOKEN_BYTES * len(windows)
             needs = self.supported(windows, 320, swap_bytes=space, **options)
             if needs is not None:
