@@ -49,15 +49,19 @@ OPTIONS = (
 )
 
 
-def parts(registry: Registry) -> list[Part]:
-    """Everything that can be paired: what is installed, and the options."""
-    found = [
-        Part(role, entry.name, entry.cls)
-        for role in ("selector", "proposer", "constraint")
-        for entry in registry.entries("decoder", role)
+def parts(registry: Registry, distribution: str | None = None) -> list[Part]:
+    """Everything that can be paired: what is installed (by ``distribution``; None: by any), and
+    the options."""
+    kinds: list[tuple[str, str | None]] = [
+        ("decoder", role) for role in ("selector", "proposer", "constraint")
     ]
-    for contract in ("cache", "attention", "scheduler"):
-        found += [Part(contract, entry.name, entry.cls) for entry in registry.entries(contract)]
+    kinds += [(contract, None) for contract in ("cache", "attention", "scheduler")]
+    found = [
+        Part(role or contract, entry.name, entry.cls)
+        for contract, role in kinds
+        for entry in registry.entries(contract, role)
+        if distribution is None or entry.distribution == distribution
+    ]
     return found + list(OPTIONS)
 
 
@@ -116,10 +120,12 @@ def _sinks(groups: tuple[KVGroup, ...]) -> int:
     return groups[0].sinks if groups else -1
 
 
-def refusals(registry: Registry) -> dict[tuple[str, str], str]:
+def refusals(
+    registry: Registry, distribution: str | None = None
+) -> dict[tuple[str, str], str]:
     """By the titles of a pair why it does not work; pairs that do are not in it."""
     found = {}
-    for a, b in combinations(parts(registry), 2):
+    for a, b in combinations(parts(registry, distribution), 2):
         try:
             reason = refusal(registry, a, b)
         except PluginError as error:
@@ -129,11 +135,11 @@ def refusals(registry: Registry) -> dict[tuple[str, str], str]:
     return found
 
 
-def table(registry: Registry) -> str:
+def table(registry: Registry, distribution: str | None = None) -> str:
     """The pairs as a Markdown table: rows by columns, and below it the reasons by number."""
-    everything = parts(registry)
+    everything = parts(registry, distribution)
     reasons: list[str] = []
-    refused = refusals(registry)
+    refused = refusals(registry, distribution)
     lines = ["| | " + " | ".join(part.title for part in everything[:-1]) + " |"]
     lines.append("| --- |" + " --- |" * (len(everything) - 1))
     for i, row in enumerate(everything[1:], start=1):
