@@ -134,6 +134,7 @@ class Batch:
         bias_ids: Sequence[int] = (),
         bias_values: Sequence[float] = (),
         banned_ids: Sequence[int] = (),
+        top_of_processed: bool = False,
     ) -> None: ...
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Tokens ``[:length]`` and sampling parameters of one row to another (a fork)."""
@@ -306,9 +307,13 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: np.ndarray | None = None,
+    sinks: int = 0,
+    rotary_dim: int = 0,
+    cos: np.ndarray | None = None,
+    sin: np.ndarray | None = None,
 ) -> Op: ...
 def sample(vocab_size: int) -> Op: ...
-def copy_blocks(kv_group: int) -> Op: ...
+def copy_blocks(kv_group: int, swaps: bool = False) -> Op: ...
 
 def run_op(
     op: Op, arrays: Sequence[np.ndarray], batch: Batch | None, num_threads: int = 1

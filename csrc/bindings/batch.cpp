@@ -39,7 +39,8 @@ void set_sampling(PyBatch& b, int32_t row, float temperature, float top_p, float
                   int32_t top_k, float repetition_penalty, float presence_penalty,
                   float frequency_penalty, int32_t num_logprobs, const py::int_& seed,
                   int32_t prompt_len, int32_t min_len, const py::object& bias_ids,
-                  const std::vector<float>& bias_values, const py::object& banned_ids) {
+                  const std::vector<float>& bias_values, const py::object& banned_ids,
+                  bool top_of_processed) {
   pll_sampling_params params{};
   params.temperature = temperature;
   params.top_p = top_p;
@@ -53,6 +54,7 @@ void set_sampling(PyBatch& b, int32_t row, float temperature, float top_p, float
   params.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
   params.prompt_len = prompt_len;
   params.min_len = min_len;
+  params.top_of_processed = top_of_processed;
   read_ints(bias_ids, "bias_ids", &b.scratch[0]);
   read_ints(banned_ids, "banned_ids", &b.scratch[1]);
   b.idle().set_sampling(row, params, ints(b.scratch[0]), bias_values, ints(b.scratch[1]));
@@ -154,7 +156,8 @@ void bind_batch(py::module_& m) {
            py::arg("presence_penalty") = 0.0f, py::arg("frequency_penalty") = 0.0f,
            py::arg("num_logprobs") = -1, py::arg("seed") = py::int_(0), py::arg("prompt_len") = 0,
            py::arg("min_len") = 0, py::arg("bias_ids") = none,
-           py::arg("bias_values") = std::vector<float>(), py::arg("banned_ids") = none)
+           py::arg("bias_values") = std::vector<float>(), py::arg("banned_ids") = none,
+           py::arg("top_of_processed") = false)
       .def(
           "copy_row",
           [](PyBatch& b, int32_t source, int32_t target, int32_t length) {

@@ -124,6 +124,30 @@ void check_heads(int32_t num_heads, const KVLayout& kv, int32_t kv_group) {
   if (kv_group < 0) throw py::value_error("kv_group must be at least 0");
 }
 
+struct Tables {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  int64_t num_positions = 0;
+};
+
+// Of the rotation, checked; empty without one.
+Tables rotary_tables(int32_t rotary_dim, const OptionalFloats& cos, const OptionalFloats& sin,
+                     const KVLayout& kv, Inputs* inputs) {
+  if (rotary_dim < 0 || rotary_dim > kv.head_dim || rotary_dim % 2 != 0) {
+    throw py::value_error("rotary_dim must be even and in [0, head_dim], got " +
+                          std::to_string(rotary_dim));
+  }
+  Tables tables;
+  if (rotary_dim == 0) return tables;
+  if (!cos || !sin || cos->ndim() != 2) {
+    throw py::value_error("rotary_dim > 0 needs cos and sin [positions, rotary_dim / 2]");
+  }
+  tables.num_positions = cos->shape(0);
+  tables.cos = inputs->floats(cos, tables.num_positions * (rotary_dim / 2), "cos");
+  tables.sin = inputs->floats(sin, tables.num_positions * (rotary_dim / 2), "sin");
+  return tables;
+}
+
 PyOp linear(const PyPackedLinear& weight, const std::optional<NormArgs>& norm,
             const OptionalIndices& input_permutation, const OptionalFloats& input_scale,
             bool int8_activations, int64_t activation_group, const OptionalFloats& bias,
@@ -203,24 +227,16 @@ PyOp rotary_store(int32_t num_heads, const KVLayout& kv, int32_t kv_group, int32
                   const OptionalFloats& cos, const OptionalFloats& sin,
                   const OptionalFloats& q_norm, const OptionalFloats& k_norm, float qk_norm_eps) {
   check_heads(num_heads, kv, kv_group);
-  if (rotary_dim < 0 || rotary_dim > kv.head_dim || rotary_dim % 2 != 0) {
-    throw py::value_error("rotary_dim must be even and in [0, head_dim], got " +
-                          std::to_string(rotary_dim));
-  }
   Inputs inputs;
   RotaryStoreSpec spec;
   spec.num_heads = num_heads;
   spec.kv = kv;
   spec.kv_group = kv_group;
   spec.rotary_dim = rotary_dim;
-  if (rotary_dim > 0) {
-    if (!cos || !sin || cos->ndim() != 2) {
-      throw py::value_error("rotary_dim > 0 needs cos and sin [positions, rotary_dim / 2]");
-    }
-    spec.num_positions = cos->shape(0);
-    spec.cos = inputs.floats(cos, spec.num_positions * (rotary_dim / 2), "cos");
-    spec.sin = inputs.floats(sin, spec.num_positions * (rotary_dim / 2), "sin");
-  }
+  const Tables tables = rotary_tables(rotary_dim, cos, sin, kv, &inputs);
+  spec.cos = tables.cos;
+  spec.sin = tables.sin;
+  spec.num_positions = tables.num_positions;
   spec.q_norm = inputs.floats(q_norm, kv.head_dim, "q_norm");
   spec.k_norm = inputs.floats(k_norm, kv.head_dim, "k_norm");
   spec.qk_norm_eps = qk_norm_eps;
@@ -228,9 +244,14 @@ PyOp rotary_store(int32_t num_heads, const KVLayout& kv, int32_t kv_group, int32
 }
 
 PyOp attention(int32_t num_heads, const KVLayout& kv, int32_t kv_group, float scale,
-               int32_t window, float softcap, const OptionalFloats& alibi_slopes) {
+               int32_t window, float softcap, const OptionalFloats& alibi_slopes, int32_t sinks,
+               int32_t rotary_dim, const OptionalFloats& cos, const OptionalFloats& sin) {
   check_heads(num_heads, kv, kv_group);
   if (window < 0) throw py::value_error("window must be at least 0");
+  if (sinks < 0 || sinks > 256) {
+    throw py::value_error("sinks must be in [0, 256], got " + std::to_string(sinks));
+  }
+  if (sinks > 0 && window == 0) throw py::value_error("sinks need a window");
   Inputs inputs;
   AttentionSpec spec;
   spec.num_heads = num_heads;
@@ -240,6 +261,12 @@ PyOp attention(int32_t num_heads, const KVLayout& kv, int32_t kv_group, float sc
   spec.window = window;
   spec.softcap = softcap;
   spec.alibi_slopes = inputs.floats(alibi_slopes, num_heads, "alibi_slopes");
+  spec.sinks = sinks;
+  const Tables tables = rotary_tables(rotary_dim, cos, sin, kv, &inputs);
+  spec.rotary_dim = rotary_dim;
+  spec.cos = tables.cos;
+  spec.sin = tables.sin;
+  spec.num_positions = tables.num_positions;
   return inputs.take(make_attention(spec), 1u << 1);
 }
 
@@ -248,9 +275,9 @@ PyOp sample(int64_t vocab_size) {
   return Inputs().take(make_sample(vocab_size), 0);
 }
 
-PyOp copy_blocks(int32_t kv_group) {
+PyOp copy_blocks(int32_t kv_group, bool swaps) {
   if (kv_group < 0) throw py::value_error("kv_group must be at least 0");
-  return Inputs().take(make_copy_blocks(kv_group), ~0u);
+  return Inputs().take(make_copy_blocks(kv_group, swaps), ~0u);
 }
 
 }  // namespace
@@ -279,9 +306,10 @@ void bind_ops(py::module_& m) {
         py::arg("qk_norm_eps") = 1e-6f);
   m.def("attention", &attention, py::arg("num_heads"), py::arg("kv"), py::arg("kv_group") = 0,
         py::arg("scale") = 1.0f, py::arg("window") = 0, py::arg("softcap") = 0.0f,
-        py::arg("alibi_slopes") = none);
+        py::arg("alibi_slopes") = none, py::arg("sinks") = 0, py::arg("rotary_dim") = 0,
+        py::arg("cos") = none, py::arg("sin") = none);
   m.def("sample", &sample, py::arg("vocab_size"));
-  m.def("copy_blocks", &copy_blocks, py::arg("kv_group"));
+  m.def("copy_blocks", &copy_blocks, py::arg("kv_group"), py::arg("swaps") = false);
 }
 
 }  // namespace pyllmlite::bindings

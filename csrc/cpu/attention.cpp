@@ -135,9 +135,10 @@ class Runner {
     const int32_t rows = w.count * s.group;
     const int32_t chunk_rows = rows < kRows ? rows : kRows;
     const bool packed = s.packs && READER::packs(rows);
-    pack_queries(unit);
+    pack_queries(unit, w.first == w.sink);
     for (int32_t i = 0; i < unit.heads * rows; ++i) scratch.l[i] = -1;
     for (int32_t split = w.first; split < w.last; ++split) {
+      if (split > w.first && split - 1 == w.sink) pack_queries(unit, false);
       // Keys that any of the queries sees.
       const Range all = seen(w, split);
       if (!find_tiles(unit, split, all)) {
@@ -171,6 +172,7 @@ class Runner {
 
   // From the first query's window to the last query.
   Range seen(const Work& w, int32_t split) const {
+    if (split == w.sink) return Range{0, sinks_before(spec, w.position + w.count - 1)};
     return in_split(first_key(spec, w.position), w.position + w.count, split * kSplit);
   }
 
@@ -178,8 +180,29 @@ class Runner {
     return Range{low > start ? low - start : 0, high - start < kSplit ? high - start : kSplit};
   }
 
-  // Row r of a head: query r / group, query head kv_head * group + r % group.
-  void pack_queries(const Unit& unit) {
+  // A query as it meets the sinks: rotated by fewer positions.  (Tables may carry a factor, which
+  // row 0 shows.)
+  const float* turn_back(const float* q, int32_t positions) {
+    if (positions == 0 || spec.rotary_dim == 0) return q;
+    float* to = scratch.turned;
+    const int32_t half = spec.rotary_dim / 2, dims = spec.kv.head_dim;
+    const float* cos = spec.cos + int64_t(positions) * half;
+    const float* sin = spec.sin + int64_t(positions) * half;
+    memcpy(to, q, sizeof(float) * dims);
+    for (int32_t i = 0; i < half; i += 16) {
+      const int32_t n = half - i;
+      const vf a = vload_n(q + i, n), b = vload_n(q + half + i, n);
+      const vf factor = vload_n(spec.cos + i, n);
+      const vf c = vdiv(vload_n(cos + i, n), factor), s = vdiv(vload_n(sin + i, n), factor);
+      vstore_n(to + i, vfma(a, c, vmul(b, s)), n);
+      vstore_n(to + half + i, vsub(vmul(b, c), vmul(a, s)), n);
+    }
+    return to;
+  }
+
+  // Row r of a head: query r / group, query head kv_head * group + r % group.  `sink`: to meet
+  // the sinks.
+  void pack_queries(const Unit& unit, bool sink) {
     const Work& w = *unit.work;
     const int32_t rows = w.count * s.group;
     for (int32_t h = 0; h < unit.heads; ++h) {
@@ -187,6 +210,7 @@ class Runner {
         const int32_t head = (unit.kv_head + h) * s.group + r % s.group;
         const float* q =
             q_ + (w.token + r / s.group) * q_stride_ + int64_t(head) * spec.kv.head_dim;
+        if (sink) q = turn_back(q, left_out(spec, w.position + r / s.group));
         READER::pack_query(q, spec.kv.head_dim, s.query_scale,
                            scratch.q + int64_t(h * rows + r) * s.padded);
       }
@@ -199,7 +223,7 @@ class Runner {
   bool each_block(const Unit& unit, int32_t split, Range range, BODY body) const {
     const KVLayout& kv = spec.kv;
     int32_t t = range.low / kTile;
-    const int32_t first = split * kSplit + t * kTile;
+    const int32_t first = first_of_split(*unit.work, split) + t * kTile;
     int32_t column = first / kv.block_size, offset = first % kv.block_size;
     for (; t * kTile < range.high; ++t) {
       const int32_t block = unit.table[column];
@@ -254,17 +278,19 @@ class Runner {
   // leaves m, l and a in the scratch.
   void attend(const Unit& unit, int32_t split, const Chunk& c, bool packed) {
     const Work& w = *unit.work;
-    const int32_t start = split * kSplit, num_rows = unit.heads * c.rows;
+    const int32_t start = first_of_split(w, split), num_rows = unit.heads * c.rows;
+    const bool sink = split == w.sink;
     Range ranges[kRows];
     Row rows[kChunkRows] = {};
     Range touched{kSplit, 0}, shared{0, kSplit};
     for (int32_t i = 0; i < num_rows; ++i) {
       const int32_t h = i / c.rows, r = i % c.rows;
       const int32_t position = w.position + (c.first + r) / s.group;
-      const Range range = in_split(first_key(spec, position), position + 1, start);
+      const Range range = sink ? Range{0, sinks_before(spec, position)}
+                               : in_split(first_key(spec, position), position + 1, start);
       const int32_t head = (unit.kv_head + h) * s.group + (c.first + r) % s.group;
       rows[i] = Row{range, spec.alibi_slopes ? spec.alibi_slopes[head] * kLog2E : 0,
-                    static_cast<float>(start - position),
+                    static_cast<float>(start - position + (sink ? left_out(spec, position) : 0)),
                     int64_t(unit.kv_head + h) * 2 * spec.kv.block_size};
       if (h > 0) continue;
       ranges[r] = range;

@@ -24,6 +24,8 @@ constexpr int64_t kPieces = 4;
 constexpr int64_t kUnits = 8;
 constexpr size_t kPartialBytes = size_t(16) << 20;  // of a whole Program, over all its threads
 
+constexpr int32_t kNoSink = -2;
+
 // Consecutive queries of one sequence, and the splits of their context to attend to.
 struct Work {
   int32_t seq;
@@ -31,6 +33,7 @@ struct Work {
   int32_t count;        // queries
   int32_t position;     // of the first
   int32_t first, last;  // splits [first, last)
+  int32_t sink;         // the split that stands for the sinks: the one before the window's; or none
   int64_t partial;      // index of the first partial result; -1: none, the output is written
 };
 
@@ -74,6 +77,7 @@ struct Scratch {
   float* split_m;  // [kChunkRows]
   float* split_l;  // [kChunkRows]; < 0: the row sees no key of the split
   float* factors;  // [kChunkRows], see Weights
+  float* turned;   // [padded], a query as it meets the sinks
   float* packed_k;  // a split's keys and values, where a reader packs them
   float* packed_v;
   char* partials;
@@ -95,6 +99,7 @@ size_t cut_scratch(const AttentionState& s, void* base, Scratch* out) {
   take(&Scratch::split_m, kChunkRows);
   take(&Scratch::split_l, kChunkRows);
   take(&Scratch::factors, kChunkRows);
+  take(&Scratch::turned, s.spec.sinks > 0 ? s.padded : 0);
   const int64_t packed = s.packs ? int64_t(kSplit) * s.padded / 2 : 0;
   take(&Scratch::packed_k, packed);
   take(&Scratch::packed_v, packed);
@@ -143,6 +148,19 @@ size_t attention_scratch(void* state, int32_t max_num_tokens, int32_t num_thread
 int32_t first_key(const AttentionSpec& spec, int32_t position) {
   return spec.window > 0 && position >= spec.window ? position - spec.window + 1 : 0;
 }
+
+// Sinks that lie before the window of the query at `position`: keys [0, this).
+int32_t sinks_before(const AttentionSpec& spec, int32_t position) {
+  const int32_t low = first_key(spec, position);
+  return low < spec.sinks ? low : spec.sinks;
+}
+
+// Tokens between the sinks and that window, which are left out of its positions.
+int32_t left_out(const AttentionSpec& spec, int32_t position) {
+  return first_key(spec, position) - sinks_before(spec, position);
+}
+
+int32_t first_of_split(const Work& w, int32_t split) { return split == w.sink ? 0 : split * kSplit; }
 
 int64_t cost(const AttentionState& s, const Work& w) {
   return int64_t(w.last - w.first) * w.count * s.group;
@@ -195,6 +213,11 @@ int plan_attention(void* state, const pll_batch* batch, char* error, size_t erro
                batch->seq_lens[i], int64_t(group.max_blocks) * group.block_size + 0LL);
       return 1;
     }
+    if (spec.sinks > 0 && spec.rotary_dim > 0 && batch->seq_lens[i] > spec.num_positions) {
+      snprintf(error, error_size, "attention: position %d, but the tables hold %lld",
+               batch->seq_lens[i] - 1, spec.num_positions + 0LL);
+      return 1;
+    }
     // Cut at multiples of the tile; the longest contexts first: what is taken last should be
     // small.
     for (int32_t stop = end, token; stop > begin; stop = token) {
@@ -208,7 +231,8 @@ int plan_attention(void* state, const pll_batch* batch, char* error, size_t erro
         return 1;
       }
       s->work[n] = Work{i, token, stop - token, position, first_key(spec, position) / kSplit,
-                        last / kSplit + 1, -1};
+                        last / kSplit + 1, kNoSink, -1};
+      if (sinks_before(spec, last) > 0) s->work[n].sink = --s->work[n].first;
       splits += s->work[n].last - s->work[n].first;
       total += cost(*s, s->work[n++]);
     }

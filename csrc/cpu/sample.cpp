@@ -253,8 +253,16 @@ void apply_mask(const uint32_t* mask, int64_t n, float* work) {
   for (int64_t begin = 0; begin < n; begin += 32) {
     const uint32_t allowed = mask[begin >> 5];
     if (allowed == 0xffffffffu) continue;
-    for (int64_t i = begin; i < begin + 32 && i < n; ++i) {
-      if (!(allowed >> (i - begin) & 1)) work[i] = -INFINITY;
+    float* x = work + begin;
+    if (begin + 32 > n) {
+      for (int64_t i = 0; i < n - begin; ++i) {
+        if (!(allowed >> i & 1)) x[i] = -INFINITY;
+      }
+    } else if (allowed == 0) {  // nearly all words of a mask that forces a token or a few
+      vstore(x, vset1(-INFINITY));
+      vstore(x + 16, vset1(-INFINITY));
+    } else {  // no branches, so that it is done in vectors
+      for (int i = 0; i < 32; ++i) x[i] = allowed >> i & 1 ? x[i] : -INFINITY;
     }
   }
 }
@@ -323,8 +331,10 @@ bool process(const RowRef& ref, const float* raw, int64_t n, const Scratch& scra
   return true;
 }
 
-// Log-probability and rank of the chosen token, and the best ones, of the raw distribution.
-void write_logprobs(const RowRef& ref, const Logits& raw, int32_t token, const Scratch& scratch) {
+// Log-probability and rank of the chosen token of the raw distribution, and the best ones of
+// `best`, less its normalizer.
+void write_logprobs(const RowRef& ref, const Logits& raw, const Logits& best, int32_t token,
+                    const Scratch& scratch) {
   const pll_sampler_inputs& in = *ref.in;
   const double lse = double(raw.max) + log(support_mass(raw, {-INFINITY, kNoLast}, 1.0f));
   const float value = raw.values[token];
@@ -342,13 +352,13 @@ void write_logprobs(const RowRef& ref, const Logits& raw, int32_t token, const S
   if (n > in.max_logprobs) n = in.max_logprobs;
   if (n > raw.count) n = raw.count;
   if (n <= 0) return;
-  best_keys(raw, n, scratch.keys);
+  best_keys(best, n, scratch.keys);
   sort_keys(scratch.keys, n);
   int32_t* ids = in.top_ids + int64_t(ref.index) * in.max_logprobs;
   float* logprobs = in.top_logprobs + int64_t(ref.index) * in.max_logprobs;
   for (int64_t i = 0; i < n; ++i) {
     ids[i] = static_cast<int32_t>(key_id(scratch.keys[i]));
-    logprobs[i] = static_cast<float>(double(raw.values[ids[i]]) - lse);
+    logprobs[i] = static_cast<float>(double(best.values[ids[i]]) - lse);
   }
 }
 
@@ -366,8 +376,8 @@ void sample_row(const RowRef& ref, const float* values, int64_t n, const Scratch
   Logits raw;
   if (!scan(values, n, scratch.raw_max, &raw)) return;
   int32_t token = target;
+  Logits logits = raw;
   if (target < 0) {
-    Logits logits = raw;
     if (process(ref, values, n, scratch)) {
       if (!scan(scratch.work, n, scratch.work_max, &logits)) return;
     }
@@ -378,7 +388,7 @@ void sample_row(const RowRef& ref, const float* values, int64_t n, const Scratch
   in.status[ref.index] = 0;
   in.tokens[ref.index] = token;
   if ((params.num_logprobs >= 0 || target >= 0) && token < n) {
-    write_logprobs(ref, raw, token, scratch);
+    write_logprobs(ref, raw, params.top_of_processed ? logits : raw, token, scratch);
   }
 }
 

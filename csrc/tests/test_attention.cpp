@@ -33,6 +33,7 @@ struct Case {
   float softcap;
   bool alibi;
   Kept kept;
+  int sinks = 0, rotary_dim = 0;
 };
 
 // Symmetric int8 codes of a vector in place of it; returns the scale.
@@ -55,6 +56,7 @@ struct World {
   std::vector<int> lengths;
   std::vector<std::vector<float>> q, k, v;  // [length, heads or kv_heads, head_dim]
   std::vector<float> slopes;
+  std::vector<float> cos, sin;  // with a factor, as YaRN has it
   std::vector<float> k32, v32;
   std::vector<uint16_t> k16, v16;
   std::vector<int8_t> k8, v8;
@@ -71,6 +73,12 @@ struct World {
       max_blocks = std::max(max_blocks, (n + c.block_size - 1) / c.block_size);
     }
     for (int h = 0; h < c.heads; ++h) slopes.push_back(std::pow(2.0f, -8.0f * (h + 1) / c.heads));
+    for (int i = 0; c.rotary_dim > 0 && i < 600 * c.rotary_dim / 2; ++i) {
+      const int at = i / (c.rotary_dim / 2), pair = i % (c.rotary_dim / 2);
+      const double angle = at * std::pow(0.01, 2.0 * pair / c.rotary_dim);
+      cos.push_back(float(1.25 * std::cos(angle)));
+      sin.push_back(float(1.25 * std::sin(angle)));
+    }
     num_blocks = max_blocks * int(lengths.size()) + 3;
     std::vector<int32_t> order(num_blocks);
     for (int i = 0; i < num_blocks; ++i) order[i] = i;
@@ -147,6 +155,11 @@ struct World {
     result.window = c.window;
     result.softcap = c.softcap;
     result.alibi_slopes = c.alibi ? slopes.data() : nullptr;
+    result.sinks = c.sinks;
+    result.rotary_dim = c.rotary_dim;
+    result.cos = cos.data();
+    result.sin = sin.data();
+    result.num_positions = 600;
     return result;
   }
 
@@ -209,6 +222,18 @@ struct World {
     return out;
   }
 
+  // A rotated query as it is `by` positions earlier.
+  std::vector<double> turned_back(const float* from, int by) const {
+    std::vector<double> x(from, from + c.head_dim);
+    const int half = c.rotary_dim / 2;
+    for (int i = 0; i < half; ++i) {
+      const double angle = by * std::pow(0.01, double(i) / half), a = x[i], b = x[half + i];
+      x[i] = a * std::cos(angle) + b * std::sin(angle);
+      x[half + i] = b * std::cos(angle) - a * std::sin(angle);
+    }
+    return x;
+  }
+
   // Largest difference of out from the double-precision reference, for one sequence's rows: all
   // of a short one's, else every thirteenth and the last.
   double difference(int s, int begin, int end, const float* out) const {
@@ -220,25 +245,31 @@ struct World {
         const float* row = out + h * c.head_dim;
         const int kvh = h / (c.heads / c.kv_heads);
         const int first = c.window > 0 ? std::max(0, t - c.window + 1) : 0;
+        const int sinks = std::min(c.sinks, first), left_out = first - sinks;
+        const float* query = &q[s][(size_t(t) * c.heads + h) * c.head_dim];
+        const std::vector<double> turned = turned_back(query, left_out);
         std::vector<double> p, y(c.head_dim);
         double max = -1e300, sum = 0;
-        for (int j = first; j <= t; ++j) {
+        std::vector<int> seen;
+        for (int j = 0; j <= t; ++j) {
+          if (j < sinks || j >= first) seen.push_back(j);
+        }
+        for (int j : seen) {
           double x = 0;
           for (int d = 0; d < c.head_dim; ++d) {
-            x += double(q[s][(size_t(t) * c.heads + h) * c.head_dim + d]) *
+            x += (j < sinks ? turned[d] : query[d]) *
                  k[s][(size_t(j) * c.kv_heads + kvh) * c.head_dim + d];
           }
           x *= sp.scale;
           if (c.softcap > 0) x = c.softcap * std::tanh(x / c.softcap);
-          if (c.alibi) x += double(slopes[h]) * (j - t);
+          if (c.alibi) x += double(slopes[h]) * (j - t + (j < sinks ? left_out : 0));
           p.push_back(x);
           max = std::max(max, x);
         }
         for (double& x : p) sum += x = std::exp(x - max);
-        for (int j = first; j <= t; ++j) {
-          for (int d = 0; d < c.head_dim; ++d) {
-            y[d] += p[j - first] / sum * v[s][(size_t(j) * c.kv_heads + kvh) * c.head_dim + d];
-          }
+        for (size_t i = 0; i < seen.size(); ++i) {
+          const float* value = &v[s][(size_t(seen[i]) * c.kv_heads + kvh) * c.head_dim];
+          for (int d = 0; d < c.head_dim; ++d) y[d] += p[i] / sum * value[d];
         }
         for (int d = 0; d < c.head_dim; ++d) {
           const double e = std::fabs(y[d] - row[d]);
@@ -273,6 +304,13 @@ const Case kCases[] = {
     {"int8 alibi", 40, 1, 18, 16, 0, 5, true, INT8},
     {"int8 head 1", 2, 2, 1, 16, 0, 0, false, INT8},
     {"int8 head 300", 2, 1, 300, 16, 0, 0, false, INT8},
+    {"sinks", 9, 3, 64, 16, 37, 0, false, F32, 4, 64},
+    {"sinks bf16", 4, 2, 64, 16, 100, 0, false, BF16, 4, 32},
+    {"sinks int8", 9, 3, 64, 32, 50, 0, false, INT8, 20, 64},
+    {"sinks alibi softcap", 4, 1, 20, 16, 40, 5, true, F32, 17, 0},
+    {"one sink, window 1", 2, 2, 20, 16, 1, 0, false, BF16, 1, 12},
+    {"256 sinks", 2, 1, 32, 16, 30, 0, false, F32, 256, 32},
+    {"sinks and a long window", 4, 2, 32, 48, 300, 0, false, BF16, 5, 32},
 };
 
 void test_case(const Case& c, const std::string& isa) {
@@ -357,6 +395,15 @@ void test_missing_blocks(const std::string& isa) {
   world.table[(300 - 63) / 16] = -1;
   world.run({{0, 300, 400}}, 2, &error);
   check(error.find("block") != std::string::npos, "%s: a missing block went unseen", isa.c_str());
+  World with_sinks({"evicted, sinks", 4, 2, 32, 16, 64, 0, false, BF16, 20, 32}, {400}, 5);
+  const auto kept = with_sinks.run({{0, 300, 400}}, 1);
+  for (int b = 2; b < (300 - 63) / 16; ++b) with_sinks.table[b] = -1;
+  const auto sunk = with_sinks.run({{0, 300, 400}}, 3);
+  check(harness::same_bits(kept.data(), sunk.data(), kept.size()),
+        "%s: blocks between sinks and window matter", isa.c_str());
+  with_sinks.table[1] = -1;
+  with_sinks.run({{0, 300, 400}}, 2, &error);
+  check(error.find("block") != std::string::npos, "%s: missing sinks went unseen", isa.c_str());
   world.max_blocks = 3;
   world.run({{0, 300, 400}}, 2, &error);
   check(error.find("block table") != std::string::npos, "%s: a short block table", isa.c_str());

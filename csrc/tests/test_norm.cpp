@@ -232,6 +232,36 @@ void test_copy() {
     check(!harness::run_op(pyllmlite::make_copy_blocks(2), batch, {harness::tensor(a, width)})
                .empty(),
           "a group that the batch lacks");
+    // With a swap space of two blocks: 6 and 7.
+    std::vector<float> swap(2 * width, -1);
+    const std::vector<float> before = a;
+    const int32_t there_and_back[] = {1, 7, 2, 1, 7, 0, 7, 6};
+    groups[1].num_copies = 4;
+    groups[1].copies = there_and_back;
+    const auto swapping = [&](std::vector<pll_tensor> buffers) {
+      return harness::run_op(pyllmlite::make_copy_blocks(1, true), batch, buffers, 3);
+    };
+    const std::vector<pll_tensor> both{harness::tensor(a, width), harness::tensor(swap, width)};
+    check(swapping(both).empty(), "swapping");
+    check(harness::same_bits(&a[0], &before[width], width), "back from the swap space");
+    check(harness::same_bits(&a[width], &before[2 * width], width), "taken by another");
+    check(harness::same_bits(&swap[0], &before[width], width), "within the swap space");
+    const int32_t beyond[] = {0, 8};
+    groups[1].num_copies = 1;
+    groups[1].copies = beyond;
+    check(!swapping(both).empty(), "a block behind the swap space");
+    const auto refused = [](std::vector<pll_tensor> buffers) {
+      const pll_op op = pyllmlite::make_copy_blocks(1, true);
+      char text[256];
+      const int code = op.check(op.state, buffers.data(), int(buffers.size()), 1, 1, text, 256);
+      op.destroy(op.state);
+      return code != 0;
+    };
+    std::vector<float> narrow(2 * width + 2);
+    check(!refused(both), "a pool and its swap space");
+    check(refused({harness::tensor(a, width)}), "a buffer without swap space");
+    check(refused({harness::tensor(a, width), harness::tensor(narrow, width + 1)}),
+          "blocks of another size");
   }
 }
 

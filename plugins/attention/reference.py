@@ -19,6 +19,7 @@ class Reference(Attention):
 
     name = "reference"
     priority = -10
+    reads_sinks = True
 
     @classmethod
     def supports(cls, need: AttentionNeeds) -> str | None:
@@ -47,9 +48,25 @@ def attention_op(layer: AttentionLayer, group: int, block_size: int) -> Callable
             hidden = distance > 0
             if layer.window is not None:
                 hidden |= distance <= -layer.window
+            sinks, inside = 0, positions
+            if layer.sinks and layer.window is not None:
+                # Keys by themselves, for those queries whose window begins behind them; a query
+                # meets them at its position within the cache.
+                sinks = min(layer.sinks, length)
+                inside = np.minimum(positions, layer.sinks + layer.window - 1)
+                at = np.arange(sinks)[None, :]
+                first_keys, first_values = gather(caches, tables[i], block_size, dim, 0, sinks)
+                keys = np.concatenate([first_keys, keys])
+                values = np.concatenate([first_values, values])
+                hidden = np.concatenate([at > positions[:, None] - layer.window, hidden], axis=1)
+                distance = np.concatenate([at - inside[:, None], distance], axis=1)
             for head in range(heads):
                 q = qkv[first:last, head * dim : (head + 1) * dim].astype(np.float64)
-                scores = layer.scale * (q @ keys[:, head // per_kv_head].T)
+                k = keys[:, head // per_kv_head]
+                scores = q @ k.T
+                if sinks:
+                    scores[:, :sinks] = turn_back(q, positions - inside, layer) @ k[:sinks].T
+                scores *= layer.scale
                 if layer.softcap > 0:
                     scores = layer.softcap * np.tanh(scores / layer.softcap)
                 if layer.alibi_slopes is not None:
@@ -62,3 +79,17 @@ def attention_op(layer: AttentionLayer, group: int, block_size: int) -> Callable
                 )
 
     return attend
+
+
+def turn_back(q: np.ndarray, by: np.ndarray, layer: AttentionLayer) -> np.ndarray:
+    """Queries ``[tokens, head_dim]``, rotated at their positions, as they would be ``by[i]``
+    positions earlier."""
+    if not layer.rotary_dim:
+        return q
+    assert layer.cos is not None and layer.sin is not None
+    half = layer.rotary_dim // 2
+    # Tables may carry a factor (YaRN), which the row of position 0 shows.
+    cos, sin = (table[by] / layer.cos[0].astype(np.float64) for table in (layer.cos, layer.sin))
+    first, second = q[:, :half], q[:, half : 2 * half]
+    turned = [first * cos + second * sin, second * cos - first * sin, q[:, 2 * half :]]
+    return np.concatenate(turned, axis=1)

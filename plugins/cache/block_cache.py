@@ -9,24 +9,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from pyllmlite.hooks.cache import CacheNeeds, KVCache, KVView, StoreLayer
-from pyllmlite.hooks.sink import OpSink
-from pyllmlite.runtime.native import native
+from pyllmlite.hooks.cache import CacheNeeds
 from pyllmlite_plugins.cache.block_pool import BlockPool
-from pyllmlite_plugins.cache.plan import peak_blocks, split
+from pyllmlite_plugins.cache.plan import Kept, peak_blocks, split
 from pyllmlite_plugins.cache.prefix_tree import Node, PrefixTree
-from pyllmlite_plugins.layout import (
-    DTYPES,
-    PAGED_KT,
-    allocate,
-    block_bytes,
-    buffers,
-    native_layout,
-)
+from pyllmlite_plugins.cache.storage import BlockStorage
+from pyllmlite_plugins.cache.swap_space import SwapSpace
 
 NEVER = sys.maxsize
 # A sequence waits for a prefix in flight if that saves at least this part of what it would
@@ -39,7 +30,7 @@ class _Held:
 
     Attributes:
         blocks: Per group its blocks in order; -1: fell out of the window.
-        first: Per group the index of the first that did not.
+        first: Per group the index of the first that did not; those of sinks stay before it.
         computed: Tokens that are in the cache.
         full: Blocks whose contents are committed.
         ready: Tokens for which there is room that only this sequence writes to.
@@ -61,10 +52,12 @@ class _Held:
         "pending",
         "ready",
         "row",
+        "salt",
     )
 
-    def __init__(self, row: int, num_groups: int) -> None:
+    def __init__(self, row: int, num_groups: int, salt: int) -> None:
         self.row = row
+        self.salt = salt
         self.blocks: list[list[int]] = [[] for _ in range(num_groups)]
         self.first = [0] * num_groups
         self.computed = 0
@@ -77,31 +70,24 @@ class _Held:
         self.asked = 0
 
 
-class BlockCache(KVCache):
+def _present(blocks: list[int]) -> list[int]:
+    return [block for block in blocks if block >= 0]
+
+
+class BlockCache(BlockStorage):
     """A :class:`KVCache` over pools of equal blocks, one pool for each KV group."""
 
-    layout = PAGED_KT
-    kv_dtypes = DTYPES[PAGED_KT]
+    keeps_sinks = True
+    swaps = True
     share_prefixes = False
-
-    @classmethod
-    def supports(cls, need: CacheNeeds) -> str | None:
-        if need.device != "cpu":
-            return f"stores on the CPU, not on {need.device!r}"
-        if need.kv_dtype != "auto" and need.kv_dtype not in cls.kv_dtypes:
-            return f"stores {', '.join(cls.kv_dtypes)}, not kv_dtype {need.kv_dtype!r}"
-        return None
 
     def __init__(self, needs: CacheNeeds) -> None:
         super().__init__(needs)
-        self.block_size = self._choose_block_size(needs)
-        self.kv_dtype = self._auto_dtype(needs) if needs.kv_dtype == "auto" else needs.kv_dtype
-        self._windows = [group.window for group in needs.groups]
-        one = block_bytes(needs.num_kv_heads, needs.head_dim, self.block_size, self.kv_dtype)
-        self._block_bytes = [len(group.layers) * one for group in needs.groups]
+        size = self.block_size
+        self._kept = [Kept(group.window, -(-group.sinks // size)) for group in needs.groups]
         sharing = self.share_prefixes and needs.prefix_caching
         counts = split(
-            self._windows,
+            self._kept,
             self._block_bytes,
             self.block_size,
             needs.max_bytes,
@@ -111,94 +97,29 @@ class BlockCache(KVCache):
             keep_unreferenced=sharing,
         )
         self.num_blocks = min(counts)
-        self._tree = PrefixTree(self.block_size, self._windows) if sharing else None
+        self._allot(counts)
+        self._swap = SwapSpace(counts, self.swap_counts) if needs.swap_bytes else None
+        self._tree = PrefixTree(self.block_size, self._kept) if sharing else None
         self._pools = [BlockPool(n, g, self._tree) for g, n in enumerate(counts)]
         self._max_blocks = -(-needs.max_model_len // self.block_size)
         self._tables = [
             np.full((needs.max_rows, self._max_blocks), -1, np.int32) for _ in self._pools
         ]
-        self._tracks_blocks = sharing or any(w is not None for w in self._windows)
+        self._tracks_blocks = sharing or any(kept.window is not None for kept in self._kept)
         self._held: dict[int, _Held] = {}
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self._pools]
-        self._num_copies = self._waits = self._hit_tokens = self._query_tokens = 0
+        self._num_copies = self._num_swapped = self._waits = 0
+        self._hit_tokens = self._query_tokens = 0
 
-    def _choose_block_size(self, needs: CacheNeeds) -> int:
-        raise NotImplementedError
-
-    def _auto_dtype(self, needs: CacheNeeds) -> str:
-        """What ``kv_dtype="auto"`` stores: the model's own dtype."""
-        return "f32" if needs.dtype == "f32" else "bf16"
-
-    # -- at load -----------------------------------------------------------------------------
-    def add_tensors(self, sink: OpSink) -> list[KVView]:
-        needs = self.needs
-        views: list[KVView | None] = [None] * needs.num_layers
-        for g, (group, pool) in enumerate(zip(needs.groups, self._pools, strict=True)):
-            for layer in group.layers:
-                arrays = allocate(
-                    pool.num_blocks,
-                    needs.num_kv_heads,
-                    needs.head_dim,
-                    self.block_size,
-                    self.kv_dtype,
-                )
-                tensors = {
-                    name: sink.tensor(
-                        f"layers.{layer}.{name}_cache",
-                        array,
-                        "f32" if name == "scales" else self.kv_dtype,
-                    )
-                    for name, array in arrays.items()
-                }
-                views[layer] = KVView(
-                    layout=self.layout,
-                    dtype=self.kv_dtype,
-                    group=g,
-                    block_size=self.block_size,
-                    num_blocks=pool.num_blocks,
-                    k=tensors.pop("k"),
-                    v=tensors.pop("v"),
-                    extra=tensors,
-                )
-        missing = [i for i, view in enumerate(views) if view is None]
-        if missing:
-            raise ValueError(f"layers {missing} are in no KV group")
-        return [view for view in views if view is not None]
-
-    def add_store_op(self, sink: OpSink, layer: StoreLayer, qkv: Any, kv: KVView) -> None:
-        op = native().rotary_store(
-            num_heads=layer.num_heads,
-            kv=native_layout(kv, layer.num_kv_heads, layer.head_dim),
-            kv_group=kv.group,
-            rotary_dim=layer.rotary_dim,
-            cos=layer.cos,
-            sin=layer.sin,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            qk_norm_eps=layer.qk_norm_eps,
-        )
-        sink.op(op, [qkv, *buffers(kv)], f"layers.{layer.index}.rotary_store")
-
-    def add_copy_op(self, sink: OpSink, views: list[KVView]) -> None:
-        for group in range(len(self._pools)):
-            caches = [b for view in views if view.group == group for b in buffers(view)]
-            if caches:
-                sink.op(native().copy_blocks(group), caches, f"copy_blocks.{group}")
-
+    # -- sequences ---------------------------------------------------------------------------
     @property
     def block_tables(self) -> list[np.ndarray]:
         return self._tables
 
-    @property
-    def nbytes(self) -> int:
-        sizes = zip(self._pools, self._block_bytes, strict=True)
-        return sum(pool.num_blocks * block_bytes for pool, block_bytes in sizes)
-
-    # -- sequences ---------------------------------------------------------------------------
     def acquire(self, seq_id: int, row: int, token_ids: Sequence[int], salt: int = 0) -> int | None:
         if seq_id in self._held:
             raise ValueError(f"sequence {seq_id} is in the cache already")
-        held = _Held(row, len(self._pools))
+        held = _Held(row, len(self._pools), salt)
         held.asked = len(token_ids)
         if self._tree is not None:
             path, in_flight = self._tree.match(token_ids, salt)
@@ -219,10 +140,13 @@ class BlockCache(KVCache):
         """Hold the blocks of the prefix that the next token still sees."""
         held.full = len(path)
         held.hit = held.computed = held.ready = len(path) * self.block_size
-        for g, (pool, window) in enumerate(zip(self._pools, self._windows, strict=True)):
+        for g, (pool, (window, sinks)) in enumerate(zip(self._pools, self._kept, strict=True)):
             first = 0 if window is None else max(0, held.hit - window + 1) // self.block_size
-            blocks = [-1] * first + [node.blocks[g] for node in path[first:]]
-            for block in blocks[first:]:
+            first = 0 if first <= sinks else first
+            blocks = [
+                node.blocks[g] if i < sinks or i >= first else -1 for i, node in enumerate(path)
+            ]
+            for block in _present(blocks):
                 pool.share(block)
             held.first[g] = first
             held.blocks[g] = blocks
@@ -295,7 +219,7 @@ class BlockCache(KVCache):
                 tree.leave(parent)
                 for g, pool in enumerate(self._pools):
                     block = held.blocks[g][i]
-                    if node.blocks[g] < 0 and pool.nodes[block] is None:
+                    if block >= 0 and node.blocks[g] < 0 and pool.nodes[block] is None:
                         tree.attach(node, g, block)
                         pool.nodes[block] = node
                 if node in held.pending:
@@ -303,17 +227,18 @@ class BlockCache(KVCache):
             held.node = node
         held.full = full
         held.next_work = (full + 1) * size
-        for g, window in enumerate(self._windows):
+        for g, (window, _) in enumerate(self._kept):
             if window is not None:
                 # One block is kept beyond the window: a sequence may go back a little.
                 self._drop(held, g, max(0, held.computed - window + 1) // size - 1)
 
     def _drop(self, held: _Held, group: int, first: int) -> None:
-        """The blocks before ``first`` fell out of the window."""
+        """The blocks before ``first`` fell out of the window, but for those of the sinks."""
         pool, blocks = self._pools[group], held.blocks[group]
-        old = held.first[group]
+        old = max(held.first[group], self._kept[group].sinks)
         for i in range(old, first):
-            pool.release(blocks[i])
+            if blocks[i] >= 0:
+                pool.release(blocks[i])
             blocks[i] = -1
         if first > old:
             self._tables[group][held.row, old:first] = -1
@@ -331,7 +256,7 @@ class BlockCache(KVCache):
         the last commit, or before what was taken over (free it and acquire it again)."""
         held, size = self._held[seq_id], self.block_size
         if num_tokens < held.computed:
-            for window, first in zip(self._windows, held.first, strict=True):
+            for (window, _), first in zip(self._kept, held.first, strict=True):
                 if window is not None and max(0, num_tokens - window + 1) // size < first:
                     raise ValueError(
                         f"sequence {seq_id} cannot go back to {num_tokens} tokens: "
@@ -370,7 +295,7 @@ class BlockCache(KVCache):
         if child_id in self._held:
             raise ValueError(f"sequence {child_id} is in the cache already")
         parent = self._held[parent_id]
-        child = _Held(row, len(self._pools))
+        child = _Held(row, len(self._pools), parent.salt)
         child.computed, child.full = parent.computed, parent.full
         child.next_work = parent.next_work
         child.first = list(parent.first)
@@ -378,7 +303,7 @@ class BlockCache(KVCache):
         keep = -(-parent.computed // self.block_size)
         for g, pool in enumerate(self._pools):
             blocks = parent.blocks[g][:keep]
-            for block in blocks[child.first[g] :]:
+            for block in _present(blocks):
                 pool.share(block)
             child.blocks[g] = blocks
             self._tables[g][row, :keep] = blocks
@@ -393,16 +318,83 @@ class BlockCache(KVCache):
         if held.computed == held.hit:  # it never ran: not a hit that served anybody
             self._hit_tokens -= held.hit
             self._query_tokens -= held.asked
-        for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
-            # Last first, so that the tail of a prefix is evicted before its beginning.
-            for block in reversed(blocks[held.first[g] :]):
-                pool.release(block)
-            self._tables[g][held.row, : len(blocks)] = -1
+        self._let_go(held)
         if self._tree is not None:
             for node in list(held.pending):
                 self._settle(held, node)
             assert held.node is not None
             self._tree.leave(held.node)
+
+    def _let_go(self, held: _Held) -> None:
+        for g, (pool, blocks) in enumerate(zip(self._pools, held.blocks, strict=True)):
+            # Last first, so that the tail of a prefix is evicted before its beginning.
+            for block in reversed(_present(blocks)):
+                pool.release(block)
+            self._tables[g][held.row, : len(blocks)] = -1
+
+    # -- the swap space ----------------------------------------------------------------------
+    def swap_out(self, seq_id: int) -> bool:
+        held = self._held[seq_id]
+        if self._swap is None or not held.computed:
+            return False
+        filled = -(-held.computed // self.block_size)
+        blocks = [group[:filled] for group in held.blocks]
+        copies = self._swap.put(seq_id, blocks, held.first, held.computed, held.salt)
+        if copies is None:
+            return False
+        for queue, more in zip(self._copies, copies, strict=True):
+            queue += more
+        self._num_swapped += sum(map(len, copies))
+        self.free(seq_id)
+        return True
+
+    def swap_in(self, seq_id: int, row: int, token_ids: Sequence[int], num_tokens: int) -> bool:
+        """What is still in the prefix tree is taken from there, the rest from the swap space."""
+        assert self._swap is not None
+        size, swapped = self.block_size, self._swap.get(seq_id)
+        held = _Held(row, len(self._pools), swapped.salt)
+        path: list[Node] = []
+        if self._tree is not None:
+            path = self._tree.match(token_ids, swapped.salt)[0][: swapped.computed // size]
+        self._take_over(held, path)
+        want = -(-num_tokens // size)
+        missing = [
+            [i for i in range(len(path), len(blocks)) if blocks[i] >= 0]
+            for blocks in swapped.blocks
+        ]
+        for g, (pool, back) in enumerate(zip(self._pools, missing, strict=True)):
+            if len(back) + want - len(swapped.blocks[g]) > pool.num_free:
+                self._let_go(held)
+                return False
+        for g, (pool, back) in enumerate(zip(self._pools, missing, strict=True)):
+            blocks = held.blocks[g] + [-1] * (len(swapped.blocks[g]) - len(path))
+            for i in back:
+                blocks[i] = pool.take()
+                self._copies[g].append((swapped.blocks[g][i], blocks[i]))
+            held.blocks[g] = blocks
+            self._tables[g][row, : len(blocks)] = blocks
+            self._drop(held, g, swapped.first[g])
+        if self._tree is not None:
+            held.node = path[-1] if path else self._tree.root(swapped.salt)
+            self._tree.use(held.node)
+        # Blocks that came back are found by others from the next commit on: only then it is known
+        # that the copies have been made.
+        held.computed = held.ready = swapped.computed
+        held.hit = 0  # no hit: it had them before
+        if self._tracks_blocks:
+            held.next_work = (held.full + 1) * size
+        self._held[seq_id] = held
+        self._swap.drop(seq_id)
+        return self._grow(held, num_tokens)
+
+    def discard(self, seq_id: int) -> None:
+        assert self._swap is not None
+        self._swap.drop(seq_id)
+
+    def swap_bytes(self, seq_id: int) -> int:
+        filled = -(-self._held[seq_id].computed // self.block_size)
+        groups = zip(self._held[seq_id].blocks, self._block_bytes, strict=True)
+        return sum(len(_present(blocks[:filled])) * size for blocks, size in groups)
 
     def take_copies(self, group: int) -> list[tuple[int, int]]:
         copies = self._copies[group]
@@ -420,7 +412,7 @@ class BlockCache(KVCache):
         want = -(-num_tokens // size)
         if seq_id is None:
             chunk = self.needs.max_num_batched_tokens
-            return max(peak_blocks(num_tokens, w, size, chunk) for w in self._windows)
+            return max(peak_blocks(num_tokens, kept, size, chunk) for kept in self._kept)
         held = self._held[seq_id]
         if num_tokens <= held.ready:
             return 0
@@ -432,9 +424,9 @@ class BlockCache(KVCache):
 
     def max_tokens_per_sequence(self) -> int:
         longest = self.needs.max_model_len
-        for pool, window in zip(self._pools, self._windows, strict=True):
+        for pool, kept in zip(self._pools, self._kept, strict=True):
             peak = peak_blocks(
-                longest, window, self.block_size, self.needs.max_num_batched_tokens
+                longest, kept, self.block_size, self.needs.max_num_batched_tokens
             )
             if peak > pool.num_blocks:
                 longest = min(longest, pool.num_blocks * self.block_size)
@@ -449,6 +441,8 @@ class BlockCache(KVCache):
             "query_tokens": self._query_tokens,
             "evictions": sum(pool.evictions for pool in self._pools),
             "copies": self._num_copies,
+            "swapped_blocks": self._num_swapped,
+            "num_free_swap_blocks": 0 if self._swap is None else self._swap.num_free,
             "waits": self._waits,
         }
 
@@ -463,10 +457,15 @@ class BlockCache(KVCache):
             expected = np.full_like(self._tables[g], -1)
             for seq_id, held in self._held.items():
                 blocks, first = held.blocks[g], held.first[g]
-                assert all(b < 0 for b in blocks[:first]), f"sequence {seq_id} holds dropped blocks"
-                assert all(b >= 0 for b in blocks[first:]), f"sequence {seq_id} misses a block"
+                sinks = self._kept[g].sinks if first else 0
+                assert all(b < 0 for b in blocks[sinks:first]), (
+                    f"sequence {seq_id} holds dropped blocks"
+                )
+                assert all(b >= 0 for b in blocks[:sinks] + blocks[first:]), (
+                    f"sequence {seq_id} misses a block"
+                )
                 assert held.computed <= len(blocks) * size, f"sequence {seq_id} lacks room"
-                counts.update(blocks[first:])
+                counts.update(_present(blocks))
                 expected[held.row, : len(blocks)] = blocks
                 for block in blocks[held.computed // size : -(-held.ready // size)]:
                     if held.ready > held.computed:
@@ -475,6 +474,8 @@ class BlockCache(KVCache):
                         )
             pool.check(counts)
             assert (expected == self._tables[g]).all(), f"block table of group {g} is wrong"
+        if self._swap is not None:
+            self._swap.check()
         if self._tree is not None:
             self._check_tree(self._tree)
 

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pyllmlite.core.errors import CapacityError
 
 MAX_SLOTS = 2**31 - 1  # a slot (block * block_size + offset) is an int32
 
 
-def steady_blocks(num_tokens: int, window: int | None, block_size: int) -> int:
+class Kept(NamedTuple):
+    """What a group keeps of a sequence: the last ``window`` tokens (None: all), and the ``sinks``
+    blocks that the first tokens are in."""
+
+    window: int | None
+    sinks: int = 0
+
+
+def steady_blocks(num_tokens: int, kept: Kept, block_size: int) -> int:
     """Blocks that a sequence of ``num_tokens`` holds while it decodes: with a window, those that
     it touches and one more, so that the sequence can go back by a block."""
     blocks = -(-num_tokens // block_size)
-    if window is None:
+    if kept.window is None:
         return blocks
-    return min(blocks, -(-(window - 1) // block_size) + 2)
+    return min(blocks, kept.sinks + -(-(kept.window - 1) // block_size) + 2)
 
 
-def peak_blocks(num_tokens: int, window: int | None, block_size: int, chunk: int) -> int:
+def peak_blocks(num_tokens: int, kept: Kept, block_size: int, chunk: int) -> int:
     """Blocks that it holds at most while its prompt runs in chunks of at most ``chunk``: the
     window's blocks are dropped only when the chunk is committed."""
     blocks = -(-num_tokens // block_size)
-    if window is None:
+    if kept.window is None:
         return blocks
-    return min(blocks, steady_blocks(num_tokens, window, block_size) + -(-chunk // block_size))
+    return min(blocks, steady_blocks(num_tokens, kept, block_size) + -(-chunk // block_size))
 
 
 def split(
-    windows: Sequence[int | None],
+    kept: Sequence[Kept],
     block_bytes: Sequence[int],
     block_size: int,
     max_bytes: int,
@@ -40,7 +49,7 @@ def split(
     """Blocks of each group, so that all groups run out at the same number of sequences.
 
     Args:
-        windows: Per group the window in tokens, None: all.
+        kept: Of each group.
         block_bytes: Per group the bytes of one block, all its layers together.
         chunk: Tokens in a step at most.
         keep_unreferenced: More blocks than ``max_rows`` sequences can hold are of use.
@@ -51,9 +60,9 @@ def split(
     def need(length: int, sequences: float) -> list[float]:
         """One sequence at its peak, the others as they decode."""
         return [
-            peak_blocks(length, w, block_size, chunk)
-            + (sequences - 1) * steady_blocks(length, w, block_size)
-            for w in windows
+            peak_blocks(length, one, block_size, chunk)
+            + (sequences - 1) * steady_blocks(length, one, block_size)
+            for one in kept
         ]
 
     def fits(length: int, sequences: float) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyllmlite_plugins.cache.plan import Kept
+
 
 class Node:
     """One full block of tokens behind the tokens of its parents.
@@ -34,10 +36,10 @@ class Node:
 class PrefixTree:
     """The cached and the in-flight prefixes, a root for each salt."""
 
-    def __init__(self, block_size: int, needed: Sequence[int | None]) -> None:
-        """``needed``: per group the window in tokens, None: all tokens."""
+    def __init__(self, block_size: int, kept: Sequence[Kept]) -> None:
+        """``kept``: what each group keeps of a sequence."""
         self._block_size = block_size
-        self._windows = list(needed)
+        self._kept = list(kept)
         self._roots: dict[int, Node] = {}
 
     # -- growing and shrinking ---------------------------------------------------------------
@@ -45,7 +47,7 @@ class PrefixTree:
         """Where the sequences of this salt begin; to be used at once (see :meth:`use`)."""
         root = self._roots.get(salt)
         if root is None:
-            root = self._roots[salt] = Node(None, salt, len(self._windows))
+            root = self._roots[salt] = Node(None, salt, len(self._kept))
         return root
 
     def child(self, node: Node, tokens: tuple[int, ...]) -> Node:
@@ -53,7 +55,7 @@ class PrefixTree:
         once."""
         child = node.children.get(tokens)
         if child is None:
-            child = node.children[tokens] = Node(node, tokens, len(self._windows))
+            child = node.children[tokens] = Node(node, tokens, len(self._kept))
             node.uses += 1
         return child
 
@@ -87,7 +89,7 @@ class PrefixTree:
 
         A prefix of d blocks is usable if each group has what the next token sees of it: a
         group without a window all d blocks, one with a window those that the window of the
-        token behind them touches.  At least one token is left to run.
+        token behind them touches, and those of its sinks.  At least one token is left to run.
 
         Returns:
             The nodes of the usable prefix, and how many blocks behind it another sequence is
@@ -99,7 +101,8 @@ class PrefixTree:
         if node is None:
             return path, 0
         usable = 0
-        runs = [0] * len(self._windows)  # per group: consecutive blocks present, up to here
+        runs = [0] * len(self._kept)  # per group: consecutive blocks present, up to here
+        sinking = [True] * len(self._kept)  # per group: no block of the sinks is missing
         for start in range(0, len(token_ids) - size, size):
             node = node.children.get(tuple(token_ids[start : start + size]))
             if node is None:
@@ -107,10 +110,12 @@ class PrefixTree:
             path.append(node)
             depth = len(path)
             good = True
-            for group, window in enumerate(self._windows):
-                runs[group] = runs[group] + 1 if node.blocks[group] >= 0 else 0
+            for group, (window, sinks) in enumerate(self._kept):
+                present = node.blocks[group] >= 0
+                runs[group] = runs[group] + 1 if present else 0
+                sinking[group] &= present or depth > sinks
                 first = 0 if window is None else max(0, depth * size - window + 1) // size
-                good = good and runs[group] >= depth - first
+                good = good and runs[group] >= depth - first and sinking[group]
             if good:
                 usable = depth
         in_flight = 0

@@ -116,12 +116,16 @@ class Beam(Decoder):
 
     ``n`` continuations come out, the best first; ``cumulative_logprob`` is their
     log-probability.
+
+    Under constraints only the allowed tokens are candidates, with the log-probabilities that the
+    model gives them (as with transformers' ``prefix_allowed_tokens_fn``): a sequence's score is
+    what it would be without.  Where they allow fewer than ``beam_width`` continuations, fewer beams
+    run, and fewer than ``n`` may come out.
     """
 
     name = "beam"
     needs_sync = True
     takes_drafts = False
-    takes_constraints = False
     owns_completions = True
 
     def open(self, seq: Sequence) -> None:
@@ -161,16 +165,19 @@ class Beam(Decoder):
     def sampling(self, seq: Sequence) -> dict[str, Any]:
         # What the sampler draws is not looked at: greedy is cheapest.
         num = min(seq.state.num_candidates, self.context.vocab_size)
-        return {"num_logprobs": num, "temperature": 0.0}
+        return {"num_logprobs": num, "temperature": 0.0, "top_of_processed": True}
 
     def advance(self, seq: Sequence, result: StepResult, actions: Actions) -> None:
         search: _Search = seq.state
-        search.reported[seq.id] = result.top(0)
+        search.reported[seq.id] = [entry for entry in result.top(0) if entry[1] > -math.inf]
         beams = [s for s in seq.request.sequences if s.status is not Status.FINISHED]
         if any(beam.id not in search.reported for beam in beams):
             return  # their turn comes in this step or, if they wait for a row, in a later one
         length = seq.num_output_tokens + 1
+        tops = dict(search.reported)
         candidates = search.candidates(beams, length)
+        if not candidates and not search.ended:
+            raise ValueError("no token may follow any beam")
         last = length >= search.max_tokens
         ends = [last or c.token in search.stop_ids for c in candidates]
         running = [c for c, end in zip(candidates, ends, strict=True) if not end]
@@ -180,7 +187,7 @@ class Beam(Decoder):
         running = running[: search.width]
         if running and not search.goes_on(running[0].logprob, length):
             running = []
-        self._replace(search, beams, running, actions)
+        self._replace(search, beams, running, tops, actions)
         for ended in dropped:
             actions.end(ended.seq, "dropped")
         if not running:
@@ -188,11 +195,16 @@ class Beam(Decoder):
 
     @staticmethod
     def _replace(
-        search: _Search, beams: list[Sequence], running: list[_Candidate], actions: Actions
+        search: _Search,
+        beams: list[Sequence],
+        running: list[_Candidate],
+        tops: dict[int, list[tuple[int, float]]],
+        actions: Actions,
     ) -> None:
         """Every beam becomes its successors: ``end``, ``fork``, ``append``, in this order."""
         new = [ended for ended in search.ended if ended.token is not None]
         parents = [c.beam for c in running] + [ended.seq for ended in new]
+        found = [tops[parent.id] for parent in parents]
         for beam in beams:
             if beam not in parents:
                 actions.end(beam, "dropped")
@@ -202,12 +214,13 @@ class Beam(Decoder):
             heirs.append(actions.fork(parent) if parent.id in taken else parent)
             taken.add(parent.id)
         search.logprobs.clear()
-        for candidate, heir in zip(running, heirs, strict=False):
+        for candidate, heir, top in zip(running, heirs, found, strict=False):
             search.logprobs[heir.id] = candidate.logprob
-            actions.append(heir, [candidate.token])
-        for ended, heir in zip(new, heirs[len(running) :], strict=True):
+            actions.append(heir, [candidate.token], [top])
+        behind = len(running)
+        for ended, heir, top in zip(new, heirs[behind:], found[behind:], strict=True):
             token, ended.seq, ended.token = ended.token, heir, None
-            actions.append(heir, [token])
+            actions.append(heir, [token], [top])
 
     @staticmethod
     def _finish(n: int, search: _Search, actions: Actions) -> None:

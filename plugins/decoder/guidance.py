@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 # Between the parts of JSON: a line break and an indentation.  Bounded, since a model may go on
 # with spaces for ever.
 WHITESPACE = r"\n?[ ]{0,24}"
+# Tokens of a class whose mask is known as a whole where all of it is allowed: llguidance's own
+# classes (white space, characters of a JSON string up to a length), and more lengths, for strings
+# near the end of their maxLength, where it would walk through the vocabulary.  A third less per
+# mask on schemas that bound their strings.
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_CHARACTER}{{1,{length}}}" for length in (3, 6, 10, 16, 30)),
+    f"{_CHARACTER}+",
+]
 MAX_GRAMMARS = 64  # kept compiled
 MAX_GRAMMAR = 1 << 17  # characters; compiling takes a second or so from there on
 COMPILER_STACK = 512 << 20  # bytes of address space
@@ -170,7 +180,10 @@ class Guidance(Constraint):
         if not context.eos_token_ids:
             raise RequestError("structured_outputs needs a model with an end token")
         return LLTokenizer(
-            backend.to_str(), n_vocab=context.vocab_size, eos_token=list(context.eos_token_ids)
+            backend.to_str(),
+            n_vocab=context.vocab_size,
+            eos_token=list(context.eos_token_ids),
+            slices=SLICES,
         )
 
 

@@ -158,12 +158,22 @@ def info(
 
 
 def plugins(
+    pairs: Annotated[bool, typer.Option("--pairs", help="What works with what.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List installed strategies, their origin, and problems."""
     from pyllmlite.hooks.registry import CONTRACTS, Registry
 
     registry = Registry.load()
+    if pairs:
+        from pyllmlite.model.pairs import refusals, table
+
+        if json:
+            refused = refusals(registry).items()
+            print_json([{"pair": list(pair), "reason": reason} for pair, reason in refused])
+        else:
+            print(table(registry), end="")
+        return
     rows = [
         {
             "contract": entry.contract,

@@ -44,7 +44,6 @@ _WITHOUT_MEANING: dict[str, tuple[Any, ...] | None] = {
     "gpu_memory_utilization": None,
     "enforce_eager": None,
     "disable_log_stats": None,
-    "swap_space": None,
     "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
@@ -81,6 +80,17 @@ def parse_bytes(value: float | str) -> int:
     return int(size)
 
 
+def _swap_bytes(value: float | str | None) -> int:
+    """vLLM's word: a number counts GiB."""
+    if isinstance(value, bool):
+        raise ConfigError(f"swap_space is a number of GiB or '512MB', got {value!r}")
+    try:
+        number = float(value or 0)
+    except (TypeError, ValueError):
+        return parse_bytes(value)  # type: ignore[arg-type]
+    return parse_bytes(number * 2**30) if number else 0
+
+
 @dataclass
 class EngineConfig:
     """Words are vLLM's wherever it has them.
@@ -105,6 +115,15 @@ class EngineConfig:
         kv_cache_dtype: ``auto`` (the model's) or a word that a cache knows: ``f32``, ``bf16``,
             ``int8``, or a plugin's.
         block_size: Tokens of a KV block; None: the cache's choice.
+        sliding_window: Every layer sees so many tokens back at most, itself included; None: as the
+            model has it.
+        attention_sinks: First tokens that stay besides such a window (StreamingLLM): with a few,
+            4 say, a model goes on beyond the length it was trained for, in memory that does not
+            grow.
+        swap_space: Memory in which the blocks of preempted sequences wait, as ``"512MB"`` or a
+            number of GiB; 0: preempted sequences are computed again.
+        preemption_mode: With a swap space: ``swap``, ``recompute``, or ``auto``, whichever is
+            cheaper for a sequence.
         bits, group_size, symmetric: For the quantizer; None: its own defaults.
         max_logprobs: Most log-probabilities a request may ask for.
         revision: Of a model on the hub.
@@ -131,6 +150,10 @@ class EngineConfig:
     kv_cache_memory: int | str | None = None
     kv_cache_dtype: str = "auto"
     block_size: int | None = None
+    sliding_window: int | None = None
+    attention_sinks: int = 0
+    swap_space: float | str = 0
+    preemption_mode: str = "auto"
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -155,6 +178,8 @@ class EngineConfig:
             ("max_num_batched_tokens", 1, True),
             ("threads", 1, True),
             ("block_size", 1, True),
+            ("sliding_window", 1, True),
+            ("attention_sinks", 0, False),
             ("bits", 1, True),
             ("group_size", 1, True),
             ("max_logprobs", 0, False),
@@ -182,6 +207,15 @@ class EngineConfig:
             self._check_name("proposer", self.proposer)
         if not isinstance(self.kv_cache_dtype, str) or not self.kv_cache_dtype:
             raise ConfigError(f"kv_cache_dtype must be a word, got {self.kv_cache_dtype!r}")
+        if self.attention_sinks and self.sliding_window is None:
+            raise ConfigError("attention_sinks stay besides a window: give sliding_window too")
+        _swap_bytes(self.swap_space)
+        if self.preemption_mode not in ("auto", "swap", "recompute"):
+            raise ConfigError(
+                f"preemption_mode must be auto, swap or recompute, got {self.preemption_mode!r}"
+            )
+        if self.preemption_mode == "swap" and not self.swap_bytes:
+            raise ConfigError("preemption_mode='swap' needs a swap_space")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if self.kv_cache_memory is not None:
@@ -193,6 +227,11 @@ class EngineConfig:
             raise ConfigError(
                 f"{contract} must be a strategy's name (lower case, digits, '-'), got {value!r}"
             )
+
+    @property
+    def swap_bytes(self) -> int:
+        """``swap_space`` as a number."""
+        return _swap_bytes(self.swap_space)
 
     @property
     def kv_cache_bytes(self) -> int | None:

@@ -32,10 +32,16 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What may differ from layer to layer.  ``window``: tokens seen, itself included; None: all."""
+    """What may differ from layer to layer.
+
+    Attributes:
+        window: Tokens seen, itself included; None: all.
+        sinks: First tokens that are seen besides the window (StreamingLLM).
+    """
 
     window: int | None = None
     rope: RopeSpec | None = None
+    sinks: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,13 @@ class ModelSpec:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows, in order of first use: one KV group each."""
+        """The distinct windows, in order of first use."""
         return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
-    def kv_group_of(self, layer: int) -> int:
-        return self.windows.index(self.layers[layer].window)
+    @property
+    def kept(self) -> tuple[tuple[int | None, int], ...]:
+        """The distinct (window, sinks), in order of first use: one KV group each."""
+        return tuple(dict.fromkeys((layer.window, layer.sinks) for layer in self.layers))
 
     @property
     def q_size(self) -> int:

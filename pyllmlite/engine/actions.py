@@ -62,10 +62,15 @@ class SequenceActions:
         elif len(ids) >= state.limit:
             self.end(seq, "length")
 
-    def append(self, seq: Sequence, token_ids: Seq[int]) -> None:
+    def append(
+        self,
+        seq: Sequence,
+        token_ids: Seq[int],
+        tops: Seq[Seq[tuple[int, float]]] | None = None,
+    ) -> None:
         state: SequenceState = seq.output
         if not state.plain or len(token_ids) != 1 or seq.row < 0:
-            self._append(seq, state, token_ids)
+            self._append(seq, state, token_ids, tops)
             return
         token = token_ids[0]
         if type(token) is not int or not 0 <= token < self._vocab_size:
@@ -82,7 +87,13 @@ class SequenceActions:
             self._tokens.append(token)
             self._positions.append(position)
 
-    def _append(self, seq: Sequence, state: SequenceState, token_ids: Seq[int]) -> None:
+    def _append(
+        self,
+        seq: Sequence,
+        state: SequenceState,
+        token_ids: Seq[int],
+        tops: Seq[Seq[tuple[int, float]]] | None,
+    ) -> None:
         if seq.status is Status.FINISHED:
             return
         ids, request = seq.token_ids, state.request
@@ -93,7 +104,8 @@ class SequenceActions:
         for index, token in enumerate([self._checked(token) for token in token_ids]):
             ids.append(token)
             if request.logprobs is not None:
-                self._add_logprob(seq, index, token, request.logprobs)
+                top = None if tops is None else tops[index]
+                self._add_logprob(seq, index, token, request.logprobs, top)
             may_stop = len(ids) >= request.min_tokens_end
             if may_stop and token in state.stop_ids:
                 self._end_by_token(seq, token)
@@ -133,8 +145,18 @@ class SequenceActions:
             raise ValueError(f"token id {token_id} is not in [0, {self._vocab_size})")
         return token_id
 
-    def _add_logprob(self, seq: Sequence, index: int, token: int, num: int) -> None:
-        entry = self._logprobs.of_sequence(seq, index, token, num)
+    def _add_logprob(
+        self,
+        seq: Sequence,
+        index: int,
+        token: int,
+        num: int,
+        top: Seq[tuple[int, float]] | None,
+    ) -> None:
+        if top is None:
+            entry = self._logprobs.of_sequence(seq, index, token, num)
+        else:
+            entry = self._logprobs.of_top(top, token, num)
         if seq.logprobs is None:
             seq.logprobs = []
         seq.logprobs.append(entry)

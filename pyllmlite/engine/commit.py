@@ -66,6 +66,8 @@ class Committer:
                 if end == seq.num_prompt_tokens:
                     self._note_first_token(seq)
                 actions.take(seq, state, tokens[first])
+                if state.constraint_states and seq.row >= 0:
+                    self._tell(seq, state, tokens[first])
             elif self._commit_special(seq, state, start + count, first, behind):
                 before, drafts = len(seq.token_ids), seq.draft_ids
                 if before == seq.num_prompt_tokens:
@@ -80,6 +82,16 @@ class Committer:
                     idle.append(seq)
         self._check_progress(idle)
         actions.flush()
+
+    def _tell(self, seq: Sequence, state: SequenceState, token: int) -> None:
+        """The constraints hear of a token that did not end the sequence."""
+        request = state.request
+        for constraint, at in zip(request.constraints, state.constraint_states, strict=True):
+            try:
+                constraint.accept(at, token)
+            except Exception as error:
+                self._actions.fail(request, failure(constraint, error))
+                return
 
     def _note_first_token(self, seq: Sequence) -> None:
         request = seq.request

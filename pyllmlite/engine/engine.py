@@ -49,7 +49,9 @@ class Engine:
         self.requests: dict[str, RequestState] = {}
         self.num_steps = 0
         self._max_num_seqs = built.max_num_seqs
-        self.pool = SequencePool(built.cache, built.max_num_seqs)
+        self.pool = SequencePool(
+            built.cache, built.max_num_seqs, getattr(built, "worth_swapping", None)
+        )
         self._pieces: dict[int, str] = {}
         self._changed: dict[str, RequestState] = {}
         self._special = 0  # live requests that need planning
@@ -87,6 +89,8 @@ class Engine:
                     self._committer.commit(step)
                 except Exception as error:
                     self._fail([seq.output.request for seq in step.seqs], "the step", error)
+                    for seq in self.pool.waiting:  # the step's copies may not have been made
+                        self.pool.forget_swapped(seq)
                 if self.pool.preemptions != self._preemptions:
                     self._watch_preemptions(step)
                 self.num_steps += 1

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pyllmlite.core.request import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyllmlite.core.request import Sequence
     from pyllmlite.hooks.cache import KVCache
 
@@ -22,10 +24,20 @@ class SequencePool:
         free_rows: Rows of the native batch that nobody holds.
         version: Counts changes of the two lists.
         preemptions: Counts them.
+
+    Args:
+        worth_swapping: Of a sequence's computed tokens and the bytes of its blocks: is swapping
+            cheaper than computing them again?  None: never.
     """
 
-    def __init__(self, cache: KVCache, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        max_num_seqs: int,
+        worth_swapping: Callable[[int, int], bool] | None = None,
+    ) -> None:
         self.cache = cache
+        self._worth_swapping = worth_swapping
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -55,11 +67,14 @@ class SequencePool:
 
     def preempt(self, seq: Sequence, first: bool = True) -> None:
         """Its blocks and its row go back; it waits, before (``first``) or behind all others, to
-        be computed again."""
-        self._leave(seq)
+        be swapped in or computed again."""
+        swapped = self._swap_out(seq)
+        self._leave(seq, free=not swapped)
         self.preemptions += 1
         seq.output.reached = max(seq.output.reached, seq.num_computed)
-        seq.num_computed = 0
+        seq.output.swapped = swapped
+        if not swapped:
+            seq.num_computed = 0
         seq.draft_ids = []
         seq.preemptions += 1
         self.add(seq, first)
@@ -70,11 +85,29 @@ class SequencePool:
             self._leave(seq)
         elif seq.status is Status.WAITING and seq in self.waiting:
             self.waiting.remove(seq)
+            self.forget_swapped(seq)
         seq.status = Status.FINISHED
         self.version += 1
 
-    def _leave(self, seq: Sequence) -> None:
-        self.cache.free(seq.id)
+    def _swap_out(self, seq: Sequence) -> bool:
+        # One that has nothing to run (a beam that waits for the others) must run again, to say
+        # again what it has found.
+        if self._worth_swapping is None or not seq.num_uncomputed or not seq.num_computed:
+            return False
+        cache = self.cache
+        worth = self._worth_swapping(seq.num_computed, cache.swap_bytes(seq.id))
+        return worth and cache.swap_out(seq.id)
+
+    def forget_swapped(self, seq: Sequence) -> None:
+        """What waits of it in the swap space, if anything does."""
+        if seq.output.swapped:
+            self.cache.discard(seq.id)
+            seq.output.swapped = False
+            seq.num_computed = 0
+
+    def _leave(self, seq: Sequence, free: bool = True) -> None:
+        if free:
+            self.cache.free(seq.id)
         self.running.remove(seq)
         self.free_rows.append(seq.row)
         seq.row = -1

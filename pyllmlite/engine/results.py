@@ -73,6 +73,16 @@ class Logprobs:
             return {token: self._make(token, math.nan, None)}
         return self.of_row(first + index, token, num, seq.output.num_top)
 
+    def of_top(self, top: Seq[tuple[int, float]], token: int, num: int) -> dict[int, Logprob]:
+        """Of a token that a decoder took from a row's best, in whatever step that was."""
+        ranked = [(i, logprob, at) for at, (i, logprob) in enumerate(top, start=1)]
+        mine = next((entry for entry in ranked if entry[0] == token), (token, math.nan, None))
+        found = {token: self._make(*mine)}
+        for other, logprob, rank in ranked[:num]:
+            if other != token and logprob > -math.inf:
+                found[other] = self._make(other, logprob, rank)
+        return found
+
     def of_row(self, row: int, token: int, num: int, known: int = 0) -> dict[int, Logprob]:
         """``known``: how many of the row's best were counted, where that is more than ``num``."""
         if not self._read:

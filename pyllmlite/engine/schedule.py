@@ -198,6 +198,8 @@ class Step:
         if pool.running and cache.num_free_blocks <= state.blocked_at:
             self._cache_full = seq  # as little room as when it was tried last
             return 0
+        if state.swapped:
+            return self._swap_in(seq, state, limit)
         salt = 0
         if state.request.scoring:
             # All of its prompt must run, so it may find none of it in the cache.
@@ -225,17 +227,40 @@ class Step:
                 state.blocked_at = cache.num_free_blocks
                 self._cache_full = seq
             return 0
-        pool.take_row(seq)
-        pool.waiting.remove(seq)
-        seq.num_computed = cached
+        if seq.preemptions == 0 and seq.child == 0:
+            seq.request.num_cached_tokens = cached
+        return self._enter(seq, state, cached, count, logits)
+
+    def _swap_in(self, seq: Sequence, state: SequenceState, limit: int) -> int:
+        """One that was preempted goes on where it was."""
+        cache, start = self._pool.cache, seq.num_computed
+        count, logits = self._clip(state, len(seq.token_ids) - start, limit)
+        if count <= 0:
+            return 0
+        try:
+            room = cache.swap_in(seq.id, self._pool.next_row, seq.token_ids, start + count)
+        except Exception as error:
+            return self._blame(cache, seq, error)
+        if not room:
+            state.blocked_at = cache.num_free_blocks
+            self._cache_full = seq
+            return 0
+        state.swapped = False
+        return self._enter(seq, state, start, count, logits)
+
+    def _enter(
+        self, seq: Sequence, state: SequenceState, start: int, count: int, logits: int
+    ) -> int:
+        """The cache holds it: it takes the row that was named there."""
+        self._pool.take_row(seq)
+        self._pool.waiting.remove(seq)
+        seq.num_computed = start
         state.blocked_at = -1
         try:
             self._on_start(seq)
         except Exception as error:
             return self._blame(state.request.decoder, seq, error)
-        if seq.preemptions == 0 and seq.child == 0:
-            seq.request.num_cached_tokens = cached
-        self._put(seq, state, cached, count, logits)
+        self._put(seq, state, start, count, logits)
         return count
 
     def _blame(self, part: Any, seq: Sequence, error: Exception) -> int:

@@ -23,10 +23,11 @@ from pyllmlite.core.sampling import SamplingParams
 from pyllmlite.core.spec import ModelSpec
 from pyllmlite.engine.engine import Engine
 from pyllmlite.engine.trace import Arrival
-from pyllmlite.hooks.cache import CacheNeeds, KVGroup
+from pyllmlite.hooks.cache import CacheNeeds
 from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.registry import Registry
 from pyllmlite.hooks.scheduler import SchedulerContext
+from pyllmlite.model.kv_groups import kv_groups
 from pyllmlite.model.options import Options
 
 # Seconds of a step: sequences' new tokens, their contexts after them, rows of logits.
@@ -102,14 +103,10 @@ def simulated_engine(
     options = Options(dict(extra or {}))
     chosen = registry.select("scheduler", scheduler, None).cls()
     chosen.setup(SchedulerContext(max_num_seqs, max_num_batched_tokens, options))
-    windows = spec.windows
     needs = CacheNeeds(
         device="cpu",
         dtype="bf16",
-        groups=tuple(
-            KVGroup(tuple(i for i, la in enumerate(spec.layers) if la.window == window), window)
-            for window in windows
-        ),
+        groups=kv_groups(spec),
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,

@@ -34,7 +34,8 @@ class RequestState:
         stop_ids: Tokens that end a sequence; ``named_stop_ids`` those the request named.
         plain: Nothing to do for a new token but to append it and to look whether it ends.
         special: A step with it needs planning: drafts, masks, scores of the prompt.
-        direct: All that there is to a step is to append the token that was sampled.
+        direct: All that there is to a step is to append the token that was sampled, and to tell
+            the constraints of it.
         unborn: Completions still to be forked off when the prompt is in the cache.
         live: Sequences that have not ended.
         logprobs: As the request's, and 0 where the engine needs them itself.
@@ -106,11 +107,14 @@ class RequestState:
             or decoder.plans_steps
             or params.prompt_logprobs is not None
         )
-        self.direct = (
-            self.plain
-            and not self.special
-            and self.num_logprobs < 0
-            and type(decoder).advance is Decoder.advance
+        self.direct = not (
+            params.stop
+            or params.min_tokens
+            or stream
+            or proposer is not None
+            or decoder.plans_steps
+            or self.num_logprobs >= 0
+            or type(decoder).advance is not Decoder.advance
         )
         self.sampling = self._sampling(prompt_len)
         self.unborn = 0 if decoder.owns_completions else params.num_completions - 1
@@ -135,6 +139,7 @@ class RequestState:
             "bias_ids": list(bias),
             "bias_values": list(bias.values()),
             "banned_ids": sorted(self.stop_ids) if params.min_tokens else [],
+            "top_of_processed": False,
         }
 
     @property
@@ -173,6 +178,7 @@ class SequenceState:
     ranked: A decoder has set its ``cumulative_logprob``.
     num_top: Log-probabilities that its row yields, the decoder's wish included.
     reached: Tokens that it had computed at most when it was preempted.
+    swapped: It waits, and its blocks in the swap space.
     """
 
     __slots__ = (
@@ -189,6 +195,7 @@ class SequenceState:
         "request",
         "stamp",
         "stop_ids",
+        "swapped",
     )
 
     def __init__(self, request: RequestState, detokenizer: Detokenizer | None) -> None:
@@ -205,3 +212,4 @@ class SequenceState:
         self.num_top = request.num_logprobs
         self.reached = 0
         self.ranked = False
+        self.swapped = False

@@ -31,6 +31,7 @@ class AttentionNeeds:
     window: bool = False
     alibi: bool = False
     softcap: bool = False
+    sinks: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,17 @@ class AttentionLayer:
         index: Layer number.
         scale: Multiplies q.k.
         window: Tokens seen, itself included; None: all before.
+        sinks: First tokens of the sequence that are seen besides.  Positions are then those within
+            the cache, as in StreamingLLM (Xiao et al. 2023, section 3.2): what lies between sinks
+            and window does not count, neither for the rotation nor for ALiBi's distance.  Keys in
+            the cache are rotated at their place in the sequence, so that those in the window need
+            nothing; a query meets the sinks rotated at ``window + sinks - 1``.
         softcap: > 0: scores become ``softcap * tanh(scores / softcap)``.
         alibi_slopes: float32 ``[num_heads]`` or None: adds ``slope * (key - query position)``
             (Press et al. 2022).
-        rotary_dim, cos, sin: The layer's rotation (as in ``StoreLayer``), for an attention that
-            reads keys which are stored before it (``KVView.rotated_keys`` False); one that
-            cannot raises ``PluginError`` in ``add_ops``.
+        rotary_dim, cos, sin: The layer's rotation (as in ``StoreLayer``), for sinks, and for an
+            attention that reads keys which are stored before it (``KVView.rotated_keys`` False);
+            one that cannot raises ``PluginError`` in ``add_ops``.
     """
 
     index: int
@@ -60,15 +66,27 @@ class AttentionLayer:
     rotary_dim: int = 0
     cos: np.ndarray | None = None
     sin: np.ndarray | None = None
+    sinks: int = 0
 
 
 class Attention(Strategy):
     """Adds one layer's attention to the Program.
 
     Called at load, once a layer.  At run time only the ops that it added run.
+
+    Attributes:
+        reads_sinks: It does what ``AttentionLayer.sinks`` asks; one that does not say so is not
+            taken where there are sinks.
     """
 
     contract = "attention"
+    reads_sinks: bool = False
+
+    @classmethod
+    def undeclared(cls, need: AttentionNeeds) -> str | None:
+        if need.sinks and not cls.reads_sinks:
+            return "does not read attention sinks (reads_sinks)"
+        return None
 
     @abstractmethod
     def add_ops(

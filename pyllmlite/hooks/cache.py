@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVGroup:
-    """Layers that keep the same tokens.  ``window``: tokens that a query still sees; None: all."""
+    """Layers that keep the same tokens.
+
+    Attributes:
+        window: Tokens that a query still sees; None: all.
+        sinks: First tokens of a sequence that it sees besides (StreamingLLM, Xiao et al. 2023);
+            more than 0 only with a window.
+    """
 
     layers: tuple[int, ...]
     window: int | None
+    sinks: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class CacheNeeds:
         kv_dtype: ``"auto"`` or a word the cache knows.
         max_bytes: Memory for keys and values; the cache takes at most that.
         max_rows: Sequences that run at once.
+        swap_bytes: Memory beside that, for the blocks of preempted sequences; 0: none.
     """
 
     device: str
@@ -46,6 +54,7 @@ class CacheNeeds:
     kv_dtype: str = "auto"
     block_size: int | None = None
     prefix_caching: bool = True
+    swap_bytes: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,13 +111,31 @@ class KVCache(Strategy):
 
     What a rollback needs stays until it is certain: a block leaves a window only in
     ``commit``, by the committed length, and only committed tokens are ever shared.
+
+    Attributes:
+        share_prefixes: Requests that begin alike hold the common blocks once.
+        keeps_sinks: A group's first ``sinks`` tokens stay when they fall out of its window; a
+            cache that does not say so is not taken where there are sinks.
+        swaps: It has :meth:`swap_out` and what belongs to it; one that does not say so is not taken
+            where a swap space is asked for.
     """
 
     contract = "cache"
+    share_prefixes: bool = False
+    keeps_sinks: bool = False
+    swaps: bool = False
     layout: str
     kv_dtype: str
     block_size: int
     num_blocks: int
+
+    @classmethod
+    def undeclared(cls, need: CacheNeeds) -> str | None:
+        if any(group.sinks for group in need.groups) and not cls.keeps_sinks:
+            return "does not keep attention sinks (keeps_sinks)"
+        if need.swap_bytes and not cls.swaps:
+            return "has no swap space (swaps)"
+        return None
 
     def __init__(self, needs: CacheNeeds) -> None:
         """Plan the memory; ``CapacityError`` if not even one sequence of one block fits."""
@@ -169,6 +196,25 @@ class KVCache(Strategy):
     @abstractmethod
     def free(self, seq_id: int) -> None:
         """The sequence leaves (ends, is aborted or preempted)."""
+
+    def swap_out(self, seq_id: int) -> bool:
+        """In place of ``free`` when a sequence is preempted: its committed tokens wait in the swap
+        space, its blocks are free.  False: no room there, nothing changed."""
+        return False
+
+    def swap_in(self, seq_id: int, row: int, token_ids: Sequence[int], num_tokens: int) -> bool:
+        """In place of ``acquire`` and ``reserve``: all that was swapped out is back on ``row``, and
+        there is room for ``num_tokens``.  False: no room, nothing changed.  The blocks move with
+        the step's other copies (``take_copies``); blocks of the swap space are counted on from the
+        pool's.  A step that fails may leave them unmade: the engine then discards what waits."""
+        raise NotImplementedError
+
+    def discard(self, seq_id: int) -> None:
+        """What waits of the sequence in the swap space is forgotten."""
+
+    def swap_bytes(self, seq_id: int) -> int:
+        """Bytes that ``swap_out`` would copy."""
+        return 0
 
     @abstractmethod
     def take_copies(self, group: int) -> list[tuple[int, int]]:

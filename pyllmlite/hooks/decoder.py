@@ -81,8 +81,12 @@ class StepResult(Protocol):
     num_rows: int
 
     def top(self, row: int) -> list[tuple[int, float]]:
-        """``(id, logprob)``, best first; as many as the sequence's sampling asked for.  Of the
-        raw distribution: masks, biases and temperature are not in it."""
+        """``(id, logprob)``, best first; as many as the sequence's sampling asked for
+        (``num_logprobs``).  Of the raw distribution: masks, biases and temperature are not in it.
+        With ``top_of_processed`` in its sampling they are the best of those that masks, biases and
+        penalties leave, and what these add to a logit counts; the normalizer stays that of the raw
+        distribution, as with transformers' processors in a beam search.  A token that is not
+        allowed has ``-inf``."""
 
     def logits(self, row: int) -> np.ndarray:
         """Raw float32 logits, if wanted; valid during the call."""
@@ -93,10 +97,17 @@ class Actions(Protocol):
     same request (beams): first ``end`` what is dropped, which makes room, then ``fork``, which
     takes tokens as they are, then ``append``."""
 
-    def append(self, seq: Sequence, token_ids: Seq[int]) -> None:
+    def append(
+        self,
+        seq: Sequence,
+        token_ids: Seq[int],
+        tops: Seq[Seq[tuple[int, float]]] | None = None,
+    ) -> None:
         """Add tokens to its output.  The engine applies stop rules and max_tokens in order and
         drops what stands behind an end.  ``ValueError`` for an id that is not in the vocabulary.
-        Tokens behind those that were drawn have no log-probability (NaN)."""
+        Tokens behind those that were drawn have no log-probability (NaN), unless ``tops`` says for
+        each what :meth:`StepResult.top` said in the step, this one or an earlier, that it was
+        chosen in."""
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence of the same request with the same tokens and cache.  With no row

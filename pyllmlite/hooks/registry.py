@@ -373,7 +373,7 @@ def _accepted_versions(current: int) -> tuple[int, ...]:
 
 def _reason(cls: type[Any], need: Any) -> str | None:
     try:
-        return cls.supports(need)
+        return cls.undeclared(need) or cls.supports(need)
     except Exception as error:
         return f"supports() failed: {_one_line(error)}"
 

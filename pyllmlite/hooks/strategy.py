@@ -33,6 +33,12 @@ class Strategy(ABC):
     priority: ClassVar[int] = 0
 
     @classmethod
+    def undeclared(cls, need: Any) -> str | None:
+        """Of ``need`` what the class's declarations leave out, in one line: a plugin that has never
+        heard of it is refused, not run without it.  The contract's base has it, not a strategy."""
+        return None
+
+    @classmethod
     def supports(cls, need: Any) -> str | None:
         """None if this strategy can do what ``need`` describes, else the reason in one line."""
         return None

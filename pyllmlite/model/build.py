@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from pyllmlite.core.config import EngineConfig
 from pyllmlite.core.errors import CapacityError, ConfigError, PluginError, PyllmliteError
 from pyllmlite.hooks.attention import AttentionNeeds
-from pyllmlite.hooks.cache import CacheNeeds, KVGroup
+from pyllmlite.hooks.cache import CacheNeeds
 from pyllmlite.hooks.decoder import DecoderContext
 from pyllmlite.hooks.quantizer import QuantizerNeeds
 from pyllmlite.hooks.registry import Registry, Selection
 from pyllmlite.hooks.scheduler import SchedulerContext
 from pyllmlite.model.builder import ModelBuilder, kv_element_bytes
 from pyllmlite.model.draft_runner import open_draft_model
+from pyllmlite.model.kv_groups import kv_groups, with_sinks
 from pyllmlite.model.options import Options
+from pyllmlite.model.preemption import worth_swapping
 from pyllmlite.model.source import ModelSource, open_model
 from pyllmlite.model.weights import keeps_codes, plan_matrices
 from pyllmlite.runtime.native import native
@@ -67,6 +69,18 @@ class Built:
     threads: int
     selections: dict[str, Selection] = field(default_factory=dict)
     load_seconds: float = 0.0
+    worth_swapping: Callable[[int, int], bool] | None = None
+
+    def _laid_on(self) -> str:
+        """What the configuration asks of the cache beyond the model's own needs."""
+        config, text = self.config, ""
+        if config.swap_bytes:
+            text += f", swap {config.swap_bytes / 1e6:.0f} MB ({config.preemption_mode})"
+        if config.sliding_window is not None:
+            text += f", window {config.sliding_window}"
+        if config.attention_sinks:
+            text += f" and {config.attention_sinks} sinks"
+        return text
 
     def explain(self) -> str:
         """What was selected for each hook, why, and why the others were not."""
@@ -78,7 +92,7 @@ class Built:
             f"weights     {'; '.join(formats)}",
             f"lengths     max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
             f"max_num_batched_tokens {self.max_num_batched_tokens}, "
-            f"KV {self.cache.nbytes / 1e6:.0f} MB",
+            f"KV {self.cache.nbytes / 1e6:.0f} MB{self._laid_on()}",
         ]
         for hook, chosen in self.selections.items():
             origin = f"{chosen.distribution} {chosen.version}".strip()
@@ -115,12 +129,8 @@ def build(
     device = _device(config.device)
     quantizes = config.bits is not None or config.quantizer not in ("auto", "none")
     dtype = _dtype(config.dtype, source.stored_dtype, quantizes or source.quantized)
-    if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} is more than the model's "
-            f"{spec.max_position_embeddings} positions"
-        )
-    max_model_len = config.max_model_len or spec.max_position_embeddings
+    spec = with_sinks(spec, config.sliding_window, config.attention_sinks)
+    max_model_len = _asked_length(config, spec)
     batched = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, config.max_num_seqs)
     if batched < config.max_num_seqs:
         raise ConfigError(
@@ -184,6 +194,12 @@ def build(
             f"{quantizer.name!r}, {available / 1e9:.1f} GB are free; "
             "use fewer bits (quantizer='rtn', bits=4) or a smaller model"
         )
+    if config.swap_bytes > available - weight_bytes:
+        raise CapacityError(
+            f"swap_space does not fit: {config.swap_bytes / 1e9:.1f} GB beside "
+            f"{weight_bytes / 1e9:.1f} GB of weights, {available / 1e9:.1f} GB are free"
+        )
+    available -= config.swap_bytes
     if (config.kv_cache_bytes or 0) > available - weight_bytes:
         raise CapacityError(
             f"kv_cache_memory does not fit: {(config.kv_cache_bytes or 0) / 1e9:.1f} GB beside "
@@ -192,7 +208,7 @@ def build(
     cache_needs = CacheNeeds(
         device=device,
         dtype=dtype,
-        groups=_kv_groups(spec),
+        groups=kv_groups(spec),
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
@@ -204,6 +220,7 @@ def build(
         kv_dtype=config.kv_cache_dtype,
         block_size=config.block_size,
         prefix_caching=config.enable_prefix_caching,
+        swap_bytes=config.swap_bytes,
         extra=options,
     )
     cache = _make(select("cache", config.cache, cache_needs), cache_needs)
@@ -220,6 +237,7 @@ def build(
         window=any(window is not None for window in spec.windows),
         alibi=spec.alibi,
         softcap=spec.attention_softcap > 0,
+        sinks=max(group.sinks for group in cache_needs.groups),
     )
     attention = _make(select("attention", config.attention, attention_needs))
 
@@ -228,7 +246,9 @@ def build(
     max_logit_rows = min(batched, max(64, config.max_num_seqs * rows_per_seq))
     pool = pool or native().ThreadPool(threads)
     sink = ProgramBuilder(batched, max_logit_rows, pool)
-    builder = ModelBuilder(source, sink, quantizer, cache, attention, max_model_len, progress)
+    builder = ModelBuilder(
+        source, spec, sink, quantizer, cache, attention, max_model_len, progress
+    )
     builder.load_weights()
     builder.add_ops()
     program = sink.finish()
@@ -293,6 +313,7 @@ def build(
         threads=threads,
         selections=selections,
         load_seconds=time.perf_counter() - started,
+        worth_swapping=worth_swapping(config, program, pool),
     )
     log.info("loaded in %.1f s\n%s", built.load_seconds, built.explain())
     return built
@@ -328,13 +349,23 @@ def _dtype(asked: str, stored: str, quantized: bool) -> str:
     return "f32" if stored == "f32" and not quantized else "bf16"
 
 
-def _kv_groups(spec: ModelSpec) -> tuple[KVGroup, ...]:
-    return tuple(
-        KVGroup(
-            tuple(i for i, layer in enumerate(spec.layers) if layer.window == window), window
+def _asked_length(config: EngineConfig, spec: ModelSpec) -> int:
+    """``max_model_len``.  It may be more than the positions that the model knows if no layer sees
+    so many, and sinks hold what a window alone would lose."""
+    known, asked = spec.max_position_embeddings, config.max_model_len
+    if asked is None or asked <= known:
+        return asked or known
+    why = f"max_model_len {asked} is more than the model's {known} positions"
+    if spec.learned_positions:
+        raise ConfigError(why)
+    if not config.attention_sinks:
+        raise ConfigError(f"{why}; with sliding_window and attention_sinks it can go on")
+    furthest = max((layer.window or asked) + layer.sinks for layer in spec.layers)
+    if furthest > known:
+        raise ConfigError(
+            f"{why}, and a layer sees {furthest}; sliding_window + attention_sinks may be {known}"
         )
-        for window in spec.windows
-    )
+    return asked
 
 
 def _kv_bytes(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyllmlite.core.spec import ModelSpec
+from pyllmlite.core.spec import LayerSpec, ModelSpec
 from pyllmlite.hooks.attention import AttentionLayer
 from pyllmlite.hooks.cache import StoreLayer
 from pyllmlite.model.alibi import model_slopes
@@ -46,6 +46,7 @@ class ModelBuilder:
 
     Args:
         source: Where weights are read from.
+        spec: The model: the source's, or with what was laid on it (a window).
         max_model_len: Positions that rotary tables are made for.
         sink: Takes buffers and ops.
     """
@@ -53,6 +54,7 @@ class ModelBuilder:
     def __init__(
         self,
         source: ModelSource,
+        spec: ModelSpec,
         sink: ProgramBuilder,
         quantizer: Quantizer,
         cache: KVCache,
@@ -61,7 +63,7 @@ class ModelBuilder:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.source = source
-        self.spec: ModelSpec = source.spec
+        self.spec = spec
         self.sink = sink
         self.quantizer = quantizer
         self.cache = cache
@@ -163,10 +165,11 @@ class ModelBuilder:
             rotary_dim=store.rotary_dim,
             cos=cos,
             sin=sin,
+            sinks=spec.layers[i].sinks,
         )
         first = len(self.sink.entries)
         self.attention.add_ops(self.sink, layer, qkv, context, kv)
-        self.sink.default_cost(first, attention_cost(spec, kv.dtype, layer.window))
+        self.sink.default_cost(first, attention_cost(spec, kv.dtype, spec.layers[i]))
         self._branch_out(at + "attn_out", at + "post_attn_norm", context, x, branch)
 
     def _mlp(self, i: int, x: Buffer, inner: Buffer, branch: Buffer | None) -> None:
@@ -309,7 +312,7 @@ def kv_element_bytes(kv_dtype: str, head_dim: int, otherwise: float = 2) -> floa
     return ITEM_BYTES.get(kv_dtype, otherwise)
 
 
-def attention_cost(spec: ModelSpec, kv_dtype: str, window: int | None) -> OpCost:
+def attention_cost(spec: ModelSpec, kv_dtype: str, layer: LayerSpec) -> OpCost:
     """Of one layer: a decode step reads K and V of every sequence; each (token, key) pair costs
     ``2 * heads * head_dim`` multiply-accumulates, of the dtype that K and V are kept in.  With int8
     twice as many: queries and weights have 16 bits, taken as two bytes."""
@@ -319,5 +322,5 @@ def attention_cost(spec: ModelSpec, kv_dtype: str, window: int | None) -> OpCost
         context_bytes=2.0 * spec.kv_size * kv_element_bytes(kv_dtype, spec.head_dim),
         context_macs=2.0 * spec.q_size * halves,
         mac_dtype=kv_dtype if kv_dtype in ("f32", "int8") else "bf16",
-        window=window or 0,
+        window=0 if layer.window is None else layer.window + layer.sinks,
     )

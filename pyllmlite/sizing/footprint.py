@@ -141,7 +141,8 @@ class KV:
 
     Attributes:
         element_bytes: Of one element; int8 with its part of the scales.
-        windows: Per KV group ``(layers, window)``; None: every token is kept.
+        windows: Of layers that keep alike their number and the tokens kept, sinks included; None:
+            every token.
     """
 
     dtype: str
@@ -177,14 +178,16 @@ class KV:
 
 
 def kv_of(spec: ModelSpec, kv_dtype: str) -> KV:
-    layers = Counter(layer.window for layer in spec.layers)
+    kept = Counter(
+        None if layer.window is None else layer.window + layer.sinks for layer in spec.layers
+    )
     return KV(
         dtype=kv_dtype,
         element_bytes=kv_element_bytes(kv_dtype, spec.head_dim),
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         num_heads=spec.num_heads,
-        windows=tuple((layers[window], window) for window in spec.windows),
+        windows=tuple((count, window) for window, count in kept.items()),
     )
 
 
@@ -209,7 +212,7 @@ def planned_ops(spec: ModelSpec, weights: Weights, kv_dtype: str) -> list[OpEntr
         at = f"layers.{i}."
         store = OpCost(token_bytes=4.0 * (spec.q_size + 2 * spec.kv_size) * 2)
         ops.append(OpEntry(at + "rotary_store", "rotary_store", (), store))
-        cost = attention_cost(spec, kv_dtype, layer.window)
+        cost = attention_cost(spec, kv_dtype, layer)
         ops.append(OpEntry(at + "attention", "attention", (), cost))
     sample = OpCost(token_bytes=4.0 * spec.vocab_size, per_logit_row=True)
     ops.append(OpEntry("sample", "sample", (), sample))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pyllmlite.core.spec import ModelSpec
+from pyllmlite.core.spec import LayerSpec, ModelSpec
 from pyllmlite.hooks.attention import AttentionLayer, AttentionNeeds
 from pyllmlite.hooks.cache import CacheNeeds, KVGroup, StoreLayer
 from pyllmlite.hooks.registry import Registry
@@ -48,7 +48,7 @@ def measure_kernels(
     """
     curves = linear_curves(weights, pool)
     decode, prefill = attention_seconds(spec, pool, kv_dtype)
-    cost = attention_cost(spec, kv_dtype, None)
+    cost = attention_cost(spec, kv_dtype, LayerSpec())
     read = ATTENTION_BATCH * ATTENTION_CONTEXT * cost.context_bytes
     products = pairs(ATTENTION_CONTEXT, ATTENTION_CONTEXT) * cost.context_macs
     return replace(

@@ -53,6 +53,13 @@ class AttentionConformance(Conformance):
         for window in (1, 15, 16, 17, 40, 200):
             self.check(self.shapes[1], window)
 
+    def test_sinks(self) -> None:
+        """First tokens besides the window, at positions within the cache."""
+        for window, sinks in ((1, 1), (20, 4), (17, 30)):
+            self.check(self.shapes[1], window, sinks=sinks, rotary_dim=16)
+        self.check(self.shapes[4], 24, None, sinks=4, alibi=True, softcap=2.0)
+        self.check(self.shapes[2], 33, sinks=4, rotary_dim=64, dtype="bf16")
+
     def test_layers_with_and_without_window(self) -> None:
         self.check(self.shapes[0], 24, None, 24)
 

@@ -24,13 +24,21 @@ TOKEN_BYTES = 2 * HEAD_DIM * 4  # K and V of one float32 head, one layer
 
 
 def needs_for(
-    windows: Sequence[int | None], num_tokens: int, max_rows: int = 8, **changes: Any
+    windows: Sequence[int | None],
+    num_tokens: int,
+    max_rows: int = 8,
+    sinks: int = 0,
+    **changes: Any,
 ) -> CacheNeeds:
-    """A cache with one layer a window and memory for about ``num_tokens`` tokens in each."""
+    """A cache with one layer a window (beside it ``sinks``), and memory for about ``num_tokens``
+    tokens in each."""
     arguments: dict[str, Any] = {
         "device": "cpu",
         "dtype": "f32",
-        "groups": tuple(KVGroup((i,), window) for i, window in enumerate(windows)),
+        "groups": tuple(
+            KVGroup((i,), window, 0 if window is None else sinks)
+            for i, window in enumerate(windows)
+        ),
         "num_layers": len(windows),
         "num_kv_heads": 1,
         "head_dim": HEAD_DIM,
@@ -72,6 +80,7 @@ class CacheModel:
         self.slots: list[dict[int, int]] = [{} for _ in needs.groups]
         self.live: dict[int, Line] = {}
         self.waiting: list[Line] = []
+        self.swapped: dict[int, Line] = {}
         self.free_rows = list(range(needs.max_rows))
         self.next_id = 0
         self.refused = 0  # steps in which somebody found no room
@@ -222,7 +231,7 @@ class CacheModel:
         for group, kv_group in enumerate(self.needs.groups):
             window = kv_group.window
             low = 0 if window is None else max(0, line.computed - window + 1)
-            for position in range(low, target):
+            for position in [*range(min(kv_group.sinks, low)), *range(low, target)]:
                 got = self.slots[group].get(self._slot(group, line.row, position))
                 assert got == line.history[position], (
                     f"group {group}: position {position} of {target} holds another token's KV"
@@ -231,12 +240,52 @@ class CacheModel:
     def one(self) -> None:
         """One random operation, and the integrity check."""
         actions = [self.arrive, self.start, self.step, self.fork, self.truncate]
-        actions += [self._abort, self._give_way]
-        action = self.rng.choices(actions, [10, 20, 50, 4, 4, 4, 4])[0]
+        actions += [self._abort, self._give_way, self.swap_out, self.swap_in]
+        swaps = 6 if self.needs.swap_bytes else 0
+        action = self.rng.choices(actions, [10, 20, 50, 4, 4, 4, 4, swaps, 2 * swaps])[0]
         if action is self.arrive and len(self.waiting) > 12:
             action = self.start
         action()
         self.cache.check_integrity()
+
+    def swap_out(self) -> None:
+        """A sequence is preempted, and what it has computed waits outside of the pool."""
+        ready = [i for i, line in self.live.items() if line.computed]
+        if not ready:
+            return
+        seq_id = self.rng.choice(ready)
+        free = self.cache.num_free_blocks
+        assert self.cache.swap_bytes(seq_id) > 0, "swapping computed tokens out would copy nothing"
+        if self.cache.swap_out(seq_id):
+            self.swapped[seq_id] = line = self.live.pop(seq_id)
+            self.free_rows.append(line.row)
+        else:
+            assert self.cache.num_free_blocks == free, "a swap_out that failed gave blocks back"
+
+    def swap_in(self) -> None:
+        if not self.swapped or not self.free_rows:
+            return
+        seq_id = self.rng.choice(list(self.swapped))
+        if self.rng.random() < 0.2:  # it is aborted where it waits
+            del self.swapped[seq_id]
+            self.cache.discard(seq_id)
+            return
+        line, row = self.swapped[seq_id], self.free_rows[-1]
+        if line.computed == len(line.tokens):
+            if len(line.tokens) >= self.needs.max_model_len:
+                return
+            line.extend(self.rng.randint(0, 9))
+        before = [table.copy() for table in self.cache.block_tables]
+        free = self.cache.num_free_blocks
+        if self.cache.swap_in(seq_id, row, line.tokens, line.computed + 1):
+            line.row = self.free_rows.pop()
+            line.hit = line.computed
+            self.live[seq_id] = self.swapped.pop(seq_id)
+            return
+        assert self.live, "swap_in found no room in an empty pool"
+        assert self.cache.num_free_blocks == free, "a swap_in that failed took blocks"
+        for old, table in zip(before, self.cache.block_tables, strict=True):
+            assert (old == table).all(), "a swap_in that failed changed a block table"
 
     def _abort(self) -> None:
         self.leave(again=False)
@@ -248,6 +297,9 @@ class CacheModel:
         """Everybody leaves: all blocks are free again, cached ones included."""
         for seq_id in list(self.live):
             self.cache.free(seq_id)
+            self.cache.check_integrity()
+        for seq_id in self.swapped:
+            self.cache.discard(seq_id)
             self.cache.check_integrity()
         stats = self.cache.stats()
         assert stats["num_free_blocks"] == stats["num_blocks"] == self.cache.num_free_blocks, (
@@ -275,7 +327,8 @@ class CacheConformance(Conformance):
     def supported(self, windows: Sequence[int | None], tokens: int, **changes: Any) -> Any:
         """Needs that the cache takes, or None."""
         needs = needs_for(windows, tokens, **changes)
-        return None if self.strategy.supports(needs) is not None else needs
+        refused = self.strategy.undeclared(needs) or self.strategy.supports(needs)
+        return None if refused is not None else needs
 
     def test_random_operations(self) -> None:
         needs = self.supported(self.windows[0], 320)
@@ -285,6 +338,25 @@ class CacheConformance(Conformance):
     def test_random_operations_with_windows(self) -> None:
         for seed, windows in enumerate(self.windows[1:]):
             needs = self.supported(windows, 320)
+            if needs is not None:
+                self._random(needs, self.operations // 5, seed)
+
+    def test_random_operations_with_sinks(self) -> None:
+        for seed, sinks in enumerate((4, 20)):
+            needs = self.supported((None, 24), 400, sinks=sinks)
+            if needs is not None:
+                self._random(needs, self.operations // 5, seed)
+
+    def test_random_operations_with_a_swap_space(self) -> None:
+        cases: list[tuple[tuple[int | None, ...], dict[str, Any]]] = [
+            ((None,), {}),
+            ((None,), {"prefix_caching": False}),
+            ((None, 20), {}),
+            ((24,), {"sinks": 20}),
+        ]
+        for seed, (windows, options) in enumerate(cases):
+            space = 150 * TOKEN_BYTES * len(windows)
+            needs = self.supported(windows, 320, swap_bytes=space, **options)
             if needs is not None:
                 self._random(needs, self.operations // 5, seed)
 
@@ -397,3 +469,6 @@ class CacheConformance(Conformance):
                 check_against_dense(
                     self.strategy, None, shape, windows, dtype=dtype, rotary_dim=rotary
                 )
+        if self.strategy.keeps_sinks:
+            shape = HeadShape(4, 2, 16)
+            check_against_dense(self.strategy, None, shape, (None, 20), rotary_dim=8, sinks=4)

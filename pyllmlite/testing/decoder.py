@@ -27,10 +27,13 @@ def next_token(token: int) -> int:
 class Result:
     """A ``StepResult``: the table's tokens behind ``last`` and the accepted drafts."""
 
-    def __init__(self, tokens: list[int], last: list[int]) -> None:
+    def __init__(
+        self, tokens: list[int], last: list[int], allowed: frozenset[int] | None = None
+    ) -> None:
         self.tokens: Seq[int] = tokens
         self.num_rows = len(tokens)
         self._last = last  # the token before each row
+        self._allowed = allowed  # by a mask that ``top`` is to know of; None: there is none
 
     def logits(self, row: int) -> np.ndarray:
         return -((np.arange(VOCAB) - next_token(self._last[row])) % VOCAB).astype(np.float32)
@@ -38,6 +41,8 @@ class Result:
     def top(self, row: int) -> list[tuple[int, float]]:
         logits = self.logits(row).astype(np.float64)
         scores = logits - np.log(np.exp(logits).sum())
+        if self._allowed is not None:
+            scores[[t for t in range(VOCAB) if t not in self._allowed]] = -np.inf
         return [(int(t), float(scores[t])) for t in np.argsort(-scores, kind="stable")[:16]]
 
 
@@ -61,10 +66,15 @@ def check_mask(bits: np.ndarray) -> None:
 
 
 class TableEngine:
-    """Runs a selector, and a proposer if given, over the table until everything has ended."""
+    """Runs a selector, and a proposer if given, over the table until everything has ended.
 
-    def __init__(self, decoder: Any, proposer: Any = None) -> None:
-        self.decoder, self.proposer = decoder, proposer
+    ``allowed``: the tokens that a constraint lets through; None: all.
+    """
+
+    def __init__(
+        self, decoder: Any, proposer: Any = None, allowed: frozenset[int] | None = None
+    ) -> None:
+        self.decoder, self.proposer, self.allowed = decoder, proposer, allowed
         self.live: list[Sequence] = []
         self.done: list[Sequence] = []
         self.proposed = self.accepted = 0
@@ -88,8 +98,14 @@ class TableEngine:
         return seq
 
     # -- Actions -----------------------------------------------------------------------------
-    def append(self, seq: Sequence, token_ids: Seq[int]) -> None:
+    def append(
+        self,
+        seq: Sequence,
+        token_ids: Seq[int],
+        tops: Seq[Seq[tuple[int, float]]] | None = None,
+    ) -> None:
         assert seq in self.live, f"append to {seq}, which is not live"
+        assert tops is None or len(tops) == len(token_ids), "tops are one for each token"
         params = seq.request.params
         for token in token_ids:
             assert 0 <= int(token) < VOCAB, f"token {token} is not in the vocabulary"
@@ -135,17 +151,26 @@ class TableEngine:
             if self.decoder.plans_steps:
                 self.decoder.plan(seq, Plan())
             last = [seq.token_ids[-1], *drafts]
-            drawn = [next_token(token) for token in last]
+            drawn = [self._drawn(token) for token in last]
             taken = 0
             while taken < len(drafts) and drafts[taken] == drawn[taken]:
                 taken += 1
             seq.num_computed = len(seq.token_ids) + taken
-            result = Result(drawn[: taken + 1], last[: taken + 1])
+            knows = self.decoder.sampling(seq).get("top_of_processed")
+            result = Result(
+                drawn[: taken + 1], last[: taken + 1], self.allowed if knows else None
+            )
             self.decoder.advance(seq, result, self)
             if drafts and seq in self.live:
                 self.proposer.verified(seq, len(drafts), taken)
             self.proposed += len(drafts)
             self.accepted += taken
+
+    def _drawn(self, last: int) -> int:
+        """The likeliest of the allowed tokens: the table's own, or the next one above it."""
+        first = next_token(last)
+        following = ((first + i) % VOCAB for i in range(VOCAB))
+        return next(t for t in following if self.allowed is None or t in self.allowed)
 
     def _room(self, seq: Sequence) -> int:
         """For drafts of the sequence."""
@@ -231,6 +256,19 @@ class DecoderConformance(Conformance):
         request = engine.add([21], **self._params(ignore_eos=False))
         engine.run()
         assert any(s.finish_reason == "stop" for s in request.sequences)
+
+    def test_constraints(self) -> None:
+        """What a constraint forbids does not come out, or the decoder says that it takes none."""
+        if not self.strategy.takes_constraints:
+            return
+        for allowed in (frozenset(range(0, VOCAB, 2)), frozenset({7, 9, 30})):
+            engine = TableEngine(self.strategy(context()), allowed=allowed)
+            request = engine.add([4], **self._params())
+            engine.run()
+            kept = [s for s in request.sequences if s.finish_reason != "dropped"]
+            assert kept, "nothing came out"
+            for seq in kept:
+                assert set(seq.output_token_ids) <= allowed, "a forbidden token was taken"
 
     def test_requests_do_not_mix(self) -> None:
         def outputs(prompts: list[int]) -> dict[int, list[list[int]]]:

@@ -59,6 +59,7 @@ class NativeStep:
         dtype: str,
         max_model_len: int = 256,
         threads: int = 1,
+        sinks: int = 0,
     ) -> None:
         registry = Registry.load()
         groups = tuple(dict.fromkeys(windows))
@@ -67,7 +68,11 @@ class NativeStep:
             device="cpu",
             dtype=dtype,
             groups=tuple(
-                KVGroup(tuple(i for i, w in enumerate(windows) if w == group), group)
+                KVGroup(
+                    tuple(i for i, w in enumerate(windows) if w == group),
+                    group,
+                    0 if group is None else sinks,
+                )
                 for group in groups
             ),
             num_layers=len(windows),
@@ -97,6 +102,7 @@ class NativeStep:
             window=any(w is not None for w in windows),
             alibi=positional.alibi_slopes is not None,
             softcap=positional.softcap > 0,
+            sinks=max(group.sinks for group in needs.groups),
         )
         made = registry.select("attention", attention, attention_needs).cls()
         sink = ProgramBuilder(MAX_TOKENS, MAX_ROWS, native().ThreadPool(threads))
@@ -129,6 +135,10 @@ class NativeStep:
                 window,
                 positional.softcap,
                 positional.alibi_slopes,
+                positional.rotary_dim,
+                positional.cos,
+                positional.sin,
+                0 if window is None else sinks,
             )
             self.cache.add_store_op(sink, store, qkv, view)
             made.add_ops(sink, layer, qkv, out, view)
@@ -171,9 +181,25 @@ class NativeStep:
 
 
 def dense_attention(
-    qkv: np.ndarray, shape: HeadShape, window: int | None, positional: Positional, dtype: str
+    qkv: np.ndarray,
+    shape: HeadShape,
+    window: int | None,
+    positional: Positional,
+    dtype: str,
+    sinks: int = 0,
 ) -> np.ndarray:
-    """The formula, in float64: ``qkv [tokens, width]`` of one whole sequence to ``out``."""
+    """The formula, in float64: ``qkv [tokens, width]`` of one whole sequence to ``out``.
+
+    With sinks as StreamingLLM has it (Xiao et al. 2023, section 3.2): a query's keys are those that
+    a cache of ``sinks`` and ``window`` tokens holds, and both are rotated at their places in it.
+    """
+    if sinks and window is not None:
+        out = np.empty((len(qkv), shape.num_heads * shape.head_dim))
+        for t in range(len(qkv)):
+            low = max(0, t - window + 1)
+            held = [*range(min(sinks, low)), *range(low, t + 1)]
+            out[t] = dense_attention(qkv[held], shape, None, positional, dtype)[-1]
+        return out
     tokens, heads, kv_heads, dim = len(qkv), shape.num_heads, shape.num_kv_heads, shape.head_dim
     parts = qkv.astype(np.float64).reshape(tokens, heads + 2 * kv_heads, dim)
     q, k, v = parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
@@ -212,6 +238,7 @@ def check_against_dense(
     rotary_dim: int = 0,
     threads: int = 2,
     tolerance: float | None = None,
+    sinks: int = 0,
 ) -> None:
     """Three sequences in ragged steps (chunks, decode, a fork in mid-block, one that ends and
     another on its row), each step's output beside dense attention over the whole sequence."""
@@ -223,7 +250,9 @@ def check_against_dense(
         angle = np.arange(256)[:, None] * 100.0 ** -np.linspace(0, 1, rotary_dim // 2)
         positional.cos = np.cos(angle).astype(np.float32)
         positional.sin = np.sin(angle).astype(np.float32)
-    step = NativeStep(cache, attention, shape, windows, positional, dtype, threads=threads)
+    step = NativeStep(
+        cache, attention, shape, windows, positional, dtype, threads=threads, sinks=sinks
+    )
     stored = step.cache.kv_dtype
     if tolerance is None:
         tolerance = {"f32": 2e-5, "bf16": 2e-2, "int8": 2e-2}.get(stored, 5e-2)
@@ -254,12 +283,12 @@ def check_against_dense(
             step.cache.commit(seq, tokens[seq], computed[seq])
             for layer, (window, got) in enumerate(zip(windows, layers, strict=True)):
                 history = known[seq][layer, : computed[seq]]
-                want = dense_attention(history, shape, window, positional, stored)[first:]
+                want = dense_attention(history, shape, window, positional, stored, sinks)[first:]
                 worst = np.abs(got - want).max() if np.isfinite(got).all() else np.nan
                 assert worst <= tolerance, (
                     f"layer {layer}, tokens {first}..{computed[seq] - 1} of sequence {seq}: off by "
                     f"{worst:.3g} ({shape}, window {window}, softcap {softcap}, alibi {alibi}, "
-                    f"rotary {rotary_dim}, {stored})"
+                    f"rotary {rotary_dim}, sinks {sinks}, {stored})"
                 )
 
     begin(1, 0, 90)

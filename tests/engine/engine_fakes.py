@@ -173,7 +173,11 @@ class FakeBatch:
             self.logprobs[at] = raw[token]
             self.ranks[at] = 1 + int(np.flatnonzero(order == token)[0])
             n = p["num_logprobs"]
-            self.top_ids[at, :n], self.top_logprobs[at, :n] = order[:n], raw[order[:n]]
+            best = raw
+            if p.get("top_of_processed"):
+                best = raw + (x - logits)
+                order = np.argsort(-best, kind="stable")
+            self.top_ids[at, :n], self.top_logprobs[at, :n] = order[:n], best[order[:n]]
 
 
 class FakeProgram:
@@ -247,6 +251,8 @@ def fake_built(
     decoders=None,
     decoder=None,
     seed=0,
+    swap_blocks=0,
+    worth_swapping=None,
 ):
     """What ``build()`` returns, around the fakes."""
     spec = ModelSpec(
@@ -260,6 +266,7 @@ def fake_built(
         head_dim=8, max_model_len=max_model_len, max_rows=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, max_bytes=num_blocks * block_size * 64,
         block_size=None if cache == "contiguous" else block_size, prefix_caching=prefix_caching,
+        swap_bytes=swap_blocks * block_size * 64,
     )  # fmt: skip
     the_cache = {"paged": Paged, "contiguous": Contiguous}[cache](needs)
     max_logit_rows = max_logit_rows or max(16, max_num_seqs)
@@ -275,7 +282,8 @@ def fake_built(
     return SimpleNamespace(
         config=EngineConfig(max_logprobs=5, seed=seed),
         spec=spec,
-        program=FakeProgram(batch, [the_cache.num_blocks]),
+        program=FakeProgram(batch, [the_cache.num_blocks + sum(the_cache.swap_counts)]),
+        worth_swapping=worth_swapping,
         batch=batch,
         cache=the_cache,
         scheduler={"continuous": Continuous, "static": Static}[scheduler]()

@@ -161,3 +161,37 @@ def test_equal_logits_keep_the_lower_id_in_the_nucleus():
     logits = np.zeros((200, 10), np.float32)
     batch = run(logits, top_p=0.35, seed=np.arange(200))
     assert set(batch.token_list) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("allowed", [[3], [1, 5, 64, 99], list(range(0, 101, 3)), None])
+def test_the_best_after_the_mask(allowed):
+    """Ids of those that the mask leaves, at log-probabilities of the raw distribution; what a bias
+    adds counts, and -inf says that nothing more is allowed."""
+    vocab, rng = 101, np.random.default_rng(4)
+    logits = rng.standard_normal((1, vocab), dtype=np.float32) * 3
+    batch = native().Batch(1, 8, 1, 1, vocab, 6, [])
+    bias = {5: 2.5, 7: -1.0}
+    batch.set_sampling(
+        0, num_logprobs=6, temperature=0.0, top_of_processed=True, bias_ids=list(bias),
+        bias_values=list(bias.values()),
+    )  # fmt: skip
+    batch.set_step([0], [2], [1], [1])
+    want = logits[0].astype(np.float64) - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    raw = want.copy()
+    for token, value in bias.items():
+        want[token] += value
+    if allowed is not None:
+        bits = np.zeros((vocab + 31) // 32, np.uint32)
+        for token in allowed:
+            bits[token // 32] |= np.uint32(1 << token % 32)
+        batch.set_mask(0, bits)
+        want[[t for t in range(vocab) if t not in allowed]] = -np.inf
+    native().run_op(native().sample(vocab), [logits], batch, 1)
+    best = np.argsort(-want, kind="stable")[:6]
+    count = int(np.isfinite(want[best]).sum())
+    assert batch.top_ids[0][:count].tolist() == best[:count].tolist()
+    np.testing.assert_allclose(batch.top_logprobs[0][:count], want[best[:count]], atol=1e-5)
+    assert np.isneginf(batch.top_logprobs[0][count:]).all()
+    # The token that was chosen keeps the raw distribution's.
+    assert batch.token_list == [best[0]]
+    np.testing.assert_allclose(batch.logprobs[0], raw[best[0]], atol=1e-5)

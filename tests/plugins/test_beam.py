@@ -15,6 +15,7 @@ from tiny_models import _make, reference
 
 from pyllmlite import LLM, BeamSearchParams, SamplingParams
 from pyllmlite.core.errors import ConfigError, RequestError
+from pyllmlite.hooks.decoder import Constraint, DecoderContext
 from pyllmlite.testing import DecoderConformance
 from pyllmlite_plugins.decoder.beam import Beam
 
@@ -207,3 +208,99 @@ def test_what_cannot_work_is_refused(llm, words, message):
 def test_no_proposer_at_load(path):
     with pytest.raises(ConfigError, match="'beam' does not work with proposer 'prompt-lookup'"):
         load(path, decoder="beam", proposer="prompt-lookup")
+
+
+# -- under constraints -----------------------------------------------------------------------------
+class Follows(Constraint):
+    """Token t is followed by one of every third, from t % 3 on; the end token after 5 tokens."""
+
+    name = "test-follows"
+
+    @classmethod
+    def applies(cls, params):
+        return params.extra_args.get("follows", False)
+
+    def open(self, seq):
+        return list(seq.token_ids[-1:])
+
+    @staticmethod
+    def allowed(last, length):
+        return [t for t in range(VOCAB) if t % 3 == last % 3 and t != 2] + [2] * (length >= 5)
+
+    def mask(self, state):
+        bits = np.zeros(-(-VOCAB // 32), np.uint32)
+        for token in self.allowed(state[-1], len(state) - 1):
+            bits[token >> 5] |= np.uint32(1 << (token & 31))
+        return bits
+
+    def accept(self, state, token_id):
+        assert token_id in self.allowed(state[-1], len(state) - 1)
+        state.append(token_id)
+
+    def rollback(self, state, num_tokens):
+        del state[-num_tokens:]
+
+    def fork(self, state):
+        return list(state)
+
+
+@pytest.fixture(scope="module")
+def constrained(path):
+    llm = load(path)
+    context = DecoderContext(VOCAB, 128, (2,))
+    llm.built.constraints.append(Follows(context))
+    return llm
+
+
+@pytest.mark.parametrize("words", [{}, {"early_stopping": True, "length_penalty": 0.3}])
+def test_under_a_constraint_same_as_transformers(model, constrained, words):
+    asked = prompts(10, 7, seed=3)
+
+    def allowed(batch_id, ids):
+        return Follows.allowed(int(ids[-1]), len(ids) - 7)
+
+    theirs = by_transformers(model, asked, prefix_allowed_tokens_fn=allowed, **words)
+    assert any(tokens[-1] == 2 for beams in theirs for tokens, _ in beams)
+    assert_same(by_us(constrained, asked, follows=True, **words), theirs)
+    assert by_us(constrained, asked, **words) != theirs
+    constrained.engine.check_integrity()
+
+
+def test_where_fewer_tokens_are_allowed_than_beams(path):
+    """One token, then two, then two: four continuations, and no fifth."""
+
+    class Narrow(Follows):
+        @staticmethod
+        def allowed(last, length):
+            return [[5], [7, 9], [11, 13], [2]][min(length, 3)]
+
+    llm = load(path)
+    llm.built.constraints.append(Narrow(DecoderContext(VOCAB, 128, (2,))))
+    params = SamplingParams(
+        decoder="beam", n=6, max_tokens=TOKENS, detokenize=False,
+        extra_args={"beam_width": 6, "follows": True},
+    )  # fmt: skip
+    (output,) = llm.generate([[3, 4]], params, use_tqdm=False)
+    assert output.error is None
+    found = [tuple(c.token_ids) for c in output.outputs]
+    assert sorted(found) == [(5, a, b, 2) for a in (7, 9) for b in (11, 13)]
+    sums = [c.cumulative_logprob for c in output.outputs]
+    assert sums == sorted(sums, reverse=True)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 16])
+@pytest.mark.parametrize("follows", [True, False])
+def test_every_token_has_its_log_probability(path, rows, follows):
+    """Also where a beam waited for a row between finding a token and taking it."""
+    llm = load(path, max_num_seqs=rows)
+    llm.built.constraints.append(Follows(DecoderContext(VOCAB, 128, (2,))))
+    params = SamplingParams(
+        decoder="beam", n=WIDTH, max_tokens=TOKENS, detokenize=False, logprobs=2,
+        extra_args={"beam_width": WIDTH, "follows": follows},
+    )  # fmt: skip
+    for output in llm.generate(prompts(3, 5), params, use_tqdm=False):
+        for completion in output.outputs:
+            entries = zip(completion.token_ids, completion.logprobs, strict=True)
+            total = sum(entry[token].logprob for token, entry in entries)
+            assert total == pytest.approx(completion.cumulative_logprob, rel=1e-5)
+            assert all(2 <= len(entry) <= 3 for entry in completion.logprobs)

@@ -12,7 +12,7 @@ from pyllmlite.testing.cache import needs_for
 from pyllmlite_plugins.cache.contiguous import Contiguous
 from pyllmlite_plugins.cache.paged import Paged
 from pyllmlite_plugins.cache.paged_int8 import PagedInt8
-from pyllmlite_plugins.cache.plan import split
+from pyllmlite_plugins.cache.plan import Kept, split
 
 BLOCK = 16
 
@@ -298,9 +298,9 @@ def test_contiguous_has_one_block_a_row():
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("max_bytes", [3_000, 50_000, 10**6, 10**8])
 def test_split_spends_what_it_is_given(rows, max_bytes):
-    windows, sizes = (None, 512), [1000, 5000]
+    kept_of, sizes = (Kept(None), Kept(512)), [1000, 5000]
     try:
-        blocks = split(windows, sizes, 16, max_bytes, 4096, rows, 256, True)
+        blocks = split(kept_of, sizes, 16, max_bytes, 4096, rows, 256, True)
     except CapacityError:
         assert max_bytes < sum(sizes)
         return
@@ -309,12 +309,12 @@ def test_split_spends_what_it_is_given(rows, max_bytes):
     if max_bytes >= 10**8:  # then both groups hold the same number of long sequences
         full, window = blocks[0] / 256, blocks[1] / (32 + 2)
         assert abs(full - window) < 2
-    kept = split(windows, sizes, 16, max_bytes, 4096, rows, 256, False)
+    kept = split(kept_of, sizes, 16, max_bytes, 4096, rows, 256, False)
     assert kept[0] <= 256 * rows and kept[1] <= 34 * rows + 16
 
 
 def test_slots_fit_into_32_bits():
-    blocks = split((None,), [1], 16, 2**40, 2**20, 4, 256, True)
+    blocks = split([Kept(None)], [1], 16, 2**40, 2**20, 4, 256, True)
     assert blocks[0] * 16 < 2**31
 
 

@@ -173,6 +173,22 @@ def test_every_answer_fits(llm, drafting, kind):
         one.engine.check_integrity()
 
 
+@pytest.mark.parametrize("kind", ["json", "regex", "choice"])
+def test_beams_fit_too(llm, kind):
+    words, check = KINDS[kind]
+    params = SamplingParams(
+        decoder="beam", n=3, max_tokens=400, structured_outputs=words,
+        extra_args={"beam_width": 3, "early_stopping": True},
+    )  # fmt: skip
+    (output,) = llm.generate(["A"], params, use_tqdm=False)
+    assert output.error is None
+    texts = [completion.text for completion in output.outputs]
+    assert len(set(texts)) == len(texts) == 3
+    for text in texts:
+        check(text)
+    llm.engine.check_integrity()
+
+
 def test_greedy_and_others_beside(llm):
     words, check = KINDS["json"]
     asked = SamplingParams(temperature=0, max_tokens=400, structured_outputs=words)
@@ -238,7 +254,6 @@ def test_refused_with_others(llm, path, monkeypatch):
     for words, message in (
         ({"ignore_eos": True}, "no ignore_eos"),
         ({"min_tokens": 2}, "no min_tokens"),
-        ({"decoder": "beam"}, "'beam' does not work with constraint 'guidance'"),
     ):
         with pytest.raises(RequestError, match=message):
             params = SamplingParams(structured_outputs=asked, **words)

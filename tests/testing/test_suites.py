@@ -169,6 +169,53 @@ def test_broken_caches(cls):
         model.finish()
 
 
+class SwapsNothingBack(Paged):
+    """Takes blocks for what was swapped out, and leaves them as they are."""
+
+    name = "swaps-nothing-back"
+
+    def swap_in(self, seq_id, row, token_ids, num_tokens):
+        before = [list(copies) for copies in self._copies]
+        done = super().swap_in(seq_id, row, token_ids, num_tokens)
+        self._copies = before
+        return done
+
+
+class SharesTooEarly(Paged):
+    """Gives swap space back before the copies out of it are made, and takes it for others first."""
+
+    name = "shares-too-early"
+
+    def take_copies(self, group):
+        return sorted(super().take_copies(group), key=lambda pair: -pair[1])
+
+
+@pytest.mark.parametrize("cls", [SwapsNothingBack, SharesTooEarly])
+def test_broken_swap_spaces(cls):
+    needs = needs_for((None,), 320, swap_bytes=5000)
+    model = CacheModel(cls(needs), needs, 1)
+    with pytest.raises(AssertionError, match="holds another token's KV"):
+        for _ in range(3000):
+            model.one()
+
+
+def test_a_cache_that_drops_its_sinks():
+    class Drops(Paged):
+        """Declares sinks and lets them go with the window."""
+
+        name = "drops"
+
+        def __init__(self, needs):
+            super().__init__(needs)
+            self._kept = [kept._replace(sinks=0) for kept in self._kept]
+
+    needs = needs_for((24,), 400, sinks=20)
+    model = CacheModel(Drops(needs), needs, 1)
+    with pytest.raises(AssertionError, match="position [0-9]+ has no block"):
+        for _ in range(3000):
+            model.one()
+
+
 def test_the_random_histories_reach_the_rare_paths():
     needs = needs_for((None,), 320)
     model = CacheModel(Paged(needs), needs, 1)
@@ -223,8 +270,32 @@ class Unscaled(Reference):
         super().add_ops(sink, replace(layer, softcap=0.0), qkv, out, kv)
 
 
+class AbsoluteSinks(Reference):
+    """Meets its sinks at positions within the sequence."""
+
+    name = "absolute-sinks"
+
+    def add_ops(self, sink, layer, qkv, out, kv):
+        from dataclasses import replace
+
+        super().add_ops(sink, replace(layer, rotary_dim=0), qkv, out, kv)
+
+
+class Sinkless(Reference):
+    """Declares that it reads sinks, and does not."""
+
+    name = "sinkless"
+
+    def add_ops(self, sink, layer, qkv, out, kv):
+        from dataclasses import replace
+
+        super().add_ops(sink, replace(layer, sinks=0), qkv, out, kv)
+
+
 def test_broken_attention():
     fails(Unscaled, "test_all_together|test_softcap")
+    fails(AbsoluteSinks, "test_sinks")
+    fails(Sinkless, "test_sinks")
 
 
 class Twice(Decoder):
@@ -235,6 +306,18 @@ class Twice(Decoder):
     def advance(self, seq, result, actions):
         actions.append(seq, result.tokens)
         actions.append(seq, result.tokens)
+
+
+class Headstrong(Decoder):
+    """Takes the best token, allowed or not."""
+
+    name = "headstrong"
+
+    def sampling(self, seq):
+        return {"num_logprobs": 1}
+
+    def advance(self, seq, result, actions):
+        actions.append(seq, [result.top(0)[0][0]])
 
 
 class TooMany(Proposer):
@@ -249,6 +332,7 @@ class TooMany(Proposer):
 def test_broken_decoders():
     fails(Twice, "not live")
     fails(TooMany, "allowed")
+    fails(Headstrong, "a forbidden token was taken")
 
 
 class Counts(Constraint):

@@ -139,6 +139,15 @@ struct AttentionSpec {
   int32_t window = 0;                // > 0: a token sees itself and the window-1 tokens before
   float softcap = 0;                 // > 0: scores = softcap * tanh(scores / softcap)
   const float* alibi_slopes = nullptr;  // [num_heads]: adds slope * (key position - query position)
+  // Attention sinks (StreamingLLM, Xiao et al. 2023): with a window, a token also sees the first
+  // `sinks` (at most 256), as if the window stood right behind them: positions are those within the
+  // cache.  The keys in the window keep their distance, so only the query is turned back, when it
+  // meets the sinks, by what lies between; the tables are RotaryStoreSpec's.
+  int32_t sinks = 0;
+  int32_t rotary_dim = 0;            // 0: keys are not rotated
+  const float* cos = nullptr;        // [num_positions, rotary_dim / 2]
+  const float* sin = nullptr;
+  int64_t num_positions = 0;
 };
 PLL_API pll_op make_attention(const AttentionSpec& spec);
 
@@ -146,8 +155,9 @@ PLL_API pll_op make_attention(const AttentionSpec& spec);
 PLL_API pll_op make_sample(int64_t vocab_size);
 
 // Copies blocks src -> dst of a group in the order given, all layers' tensors as buffers, each
-// [num_blocks, block_bytes] whatever its dtype.
-PLL_API pll_op make_copy_blocks(int32_t kv_group);
+// [num_blocks, block_bytes] whatever its dtype.  With `swaps` as many buffers follow, the swap space
+// of each, whose blocks are counted on from the pool's: num_blocks is the first one there.
+PLL_API pll_op make_copy_blocks(int32_t kv_group, bool swaps = false);
 
 }  // namespace pyllmlite
 

@@ -35,6 +35,11 @@ typedef struct pll_sampling_params {
   const int32_t* bias_ids;
   const float* bias_values;
   const int32_t* banned_ids;
+  /* Nonzero: top_ids are the best tokens after mask, biases, bans and penalties, and their
+   * log-probabilities count what was added: logits then less the raw logits' log of the sum of
+   * exponentials, which is not taken anew (as transformers' processors do in a beam search; -inf:
+   * not allowed).  0: of the raw logits. */
+  int32_t top_of_processed;
 } pll_sampling_params;
 
 /* Biases of one row for one step, added to the logits besides its logit_bias. */
