@@ -139,6 +139,7 @@ class _Walk:
         self.spec = model.source.spec
         self.folder = Folder(model)
         self.hidden: list[torch.Tensor] | None = None
+        self.buffers: dict[str, list[torch.Tensor]] = {}
         if tokens is not None:
             self._enter(tokens)
 
@@ -158,7 +159,7 @@ class _Walk:
 
     def _run_of(self, index: int, layer: Any, hidden: list[torch.Tensor]) -> LayerRun:
         calls = [self.calls[size][index] for size in self.sizes]
-        return LayerRun(layer, self.model.layout, calls, hidden)
+        return LayerRun(layer, self.model.layout, calls, hidden, self.buffers)
 
     # -- a layer ---------------------------------------------------------------------------
     def skip(self, result: LayerResult) -> LayerResult:
@@ -168,7 +169,7 @@ class _Walk:
             return result
         layer = self.model.layer(index)
         install(self.model, layer, result)
-        self.hidden = list(self._run_of(index, layer, self.hidden).outputs())
+        self._run_of(index, layer, self.hidden).advance()
         return result
 
     def quantize(self, index: int) -> LayerResult:
@@ -185,7 +186,7 @@ class _Walk:
             # more as it will be, and as a run that finds it done sees it.
             install(self.model, layer, result)
             run = self._run_of(index, layer, run.hidden)
-        self.hidden = list(run.outputs())
+        run.advance()
         return result
 
     def _stage(
