@@ -95,6 +95,7 @@ def spend(
             settings.symmetric,
             dict.fromkeys(shapes, bits),
             settings.extra,
+            settings.integer_zeros,
         )
         quantizers = Quantizers(source, base, registry)
         costs[bits] = {

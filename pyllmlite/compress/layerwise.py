@@ -43,6 +43,8 @@ class MethodSettings:
         bits, group_size, symmetric: None: the strategy's own.
         plan: Bits of single fused matrices (``layers.3.qkv``), in the place of ``bits``.
         extra: Options of the strategy.
+        integer_zeros: The result is going to be written: a strategy that has the choice makes zero
+            points that are integers, as other tools' layouts hold them.
     """
 
     quantizer: str = "awq-gptq"
@@ -51,6 +53,7 @@ class MethodSettings:
     symmetric: bool | None = None
     plan: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    integer_zeros: bool = False
 
 
 Done = Callable[[int], LayerResult | None]
@@ -109,6 +112,8 @@ class Quantizers:
                 )
         self._made: dict[int | None, Quantizer] = {}
         options = Options(dict(settings.extra))
+        if settings.integer_zeros:
+            options.hint("integer_zeros", True)
         for bits in dict.fromkeys([settings.bits, *settings.plan.values()]):
             symmetric = settings.symmetric
             group_size = settings.group_size

@@ -181,8 +181,7 @@ def method_of(settings: Settings, view: HFView) -> PlainMethod | CalibratedMetho
     quantizers: dict[int | None, Quantizer] = {}
     for planned in dict.fromkeys([None, *settings.plan.values()]):
         options = Options(dict(settings.extra))
-        dict.setdefault(options, "integer_zeros", True)  # a method that has the choice is told so
-        options.read.add("integer_zeros")
+        options.hint("integer_zeros", True)
         needs = QuantizerNeeds(
             "cpu", "f32", shapes, planned or settings.bits, settings.group_size,
             settings.symmetric, options,

@@ -47,7 +47,7 @@ def walk(monkeypatch):
 
 def test_names_tokens_and_plan(walk, model, tmp_path):
     view = HFView(open_model(model))
-    method = CalibratedMethod(view, Settings("gptq", bits=4, bits_budget=6.0, seed=3))
+    method = CalibratedMethod(view, Settings("gptq", bits_budget=6.0, seed=3))
     assert (method.num_sequences, method.seq_len) == (3, 512)  # the model has 512 positions
     known = LayerResult(1, {}, {f"model.layers.1.{NORM}": np.ones(64, np.float32)})
     results = list(method.layers([None, known].__getitem__, lambda text: None, tmp_path))
@@ -109,3 +109,27 @@ def test_an_option_that_nobody_reads(model, tmp_path):
     with pytest.raises(ConfigError, match="dampning.*did you mean 'damping'"):
         quantize_model(model, tmp_path / "out", settings, eval_windows=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_for_a_method_that_needs_no_text(model, tmp_path):
+    """rtn's floats' minima, which no layout holds, are asked for as integer zero points."""
+    settings = Settings("rtn", bits_budget=6.0, group_size=16, num_sequences=2, seq_len=32)
+    made = quantize_model(str(model), tmp_path / "out", settings, eval_windows=0)
+    assert 4.3 < made.facts["bits_per_weight"] <= 6.1
+    schemes = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    found = {group["weights"]["num_bits"] for group in schemes["config_groups"].values()}
+    assert found == {4, 8}
+
+
+@pytest.mark.parametrize(
+    "settings,reason",
+    [
+        ({"bits": 4}, "leave out bits"),
+        ({"plan": {"layers.0.qkv": 8}}, "leave out plan"),
+        ({"layout": "int-quantized"}, "int-quantized holds 8 bits, a bits budget mixes them"),
+    ],
+)
+def test_a_budget_stands_alone(model, tmp_path, settings, reason):
+    with pytest.raises(ConfigError, match=reason):
+        quantize_model(str(model), tmp_path / "out", Settings("gptq", bits_budget=6.0, **settings))
+    assert not list(tmp_path.glob("out*"))
