@@ -57,6 +57,7 @@ class CalibratedMethod:
             extra=dict(settings.extra),
             integer_zeros=True,
         )
+        self.planned: dict[str, Any] = {}  # what a bits budget decided, once it has
         Quantizers(view.source, self.asked, Registry.load())  # refused now, not behind the text
         self.num_sequences = settings.num_sequences or DEFAULT_SEQUENCES
         positions = view.source.spec.max_position_embeddings
@@ -83,8 +84,11 @@ class CalibratedMethod:
         goes on has the very same."""
         tokens, asked = self._tokens(note, scratch), self.asked
         if self.settings.bits_budget is not None:
-            plan = self._plan(asked, tokens, self.settings.bits_budget, note, scratch)
-            asked = replace(asked, plan=plan)
+            plan, group_size = self._plan(asked, tokens, self.settings.bits_budget, note, scratch)
+            self.planned = {"plan": plan}
+            if group_size is not None:
+                self.planned["group_size"] = group_size
+            asked = replace(asked, **self.planned)
 
         def known(index: int) -> LayerResult | None:
             found = done(index)
@@ -126,12 +130,13 @@ class CalibratedMethod:
         budget: float,
         note: Callable[[str], None],
         scratch: Path,
-    ) -> dict[str, int]:
-        """Bits of every matrix within the budget; kept, so that a run that goes on has the same."""
+    ) -> tuple[dict[str, int], int | None]:
+        """Bits of every matrix within the budget, and the group size that goes with them (None: the
+        one that was asked for); kept, so that a run that goes on has the same."""
         path = scratch / PLAN
         if path.is_file():
-            found: dict[str, int] = json.loads(path.read_text())
-            return found
+            found = json.loads(path.read_text())
+            return found["plan"], found["group_size"]
         note("planning bits")
         made = plan_bits(
             self.view.source,
@@ -140,8 +145,8 @@ class CalibratedMethod:
             budget,
             progress=lambda done, total: note(f"planning bits: {done} of {total}"),
         )
-        write_text(path, json.dumps(made.plan))
-        return made.plan
+        write_text(path, json.dumps({"plan": made.plan, "group_size": made.group_size}))
+        return made.plan, made.group_size
 
     def _theirs(self, index: int) -> str:
         """transformers' prefix of a layer: the checkpoint's, with the body's own in front, which a

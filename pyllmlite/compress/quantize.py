@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pyllmlite._version import __version__
@@ -118,7 +119,7 @@ def quantize_model(
         facts = provenance(
             source.path.name if local else model or DEFAULT_MODEL,
             os.path.relpath(source.path, writer.out) if local else None,
-            settings.shown(method.calibrated),
+            {**settings.shown(method.calibrated), **method.planned},
             method.facts(),
             writer.weight_bits(),
             writer.loss(),
@@ -141,6 +142,7 @@ class PlainMethod:
 
     calibrated = False
     text_sha256: str | None = None
+    planned: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self, view: HFView, settings: Settings, quantizers: dict[int | None, Quantizer]

@@ -35,7 +35,7 @@ def walk(monkeypatch):
         return np.random.default_rng().integers(0, 200, (sequences, length)).astype(np.int32)
 
     def plan_bits(source, settings, tokens, budget, progress):
-        return types.SimpleNamespace(plan={"layers.0.qkv": int(budget) + 2})
+        return types.SimpleNamespace(plan={"layers.0.qkv": int(budget) + 2}, group_size=32)
 
     stand_ins = (quantize_layers, calibration_tokens, plan_bits)
     for function in stand_ins:
@@ -54,6 +54,8 @@ def test_names_tokens_and_plan(walk, model, tmp_path):
     assert [list(r.changed) for r in results] == [[f"model.layers.{i}.{NORM}"] for i in range(2)]
     assert walk.done[0] is None and list(walk.done[1].changed) == [f"model.layers.1.{NORM}"]
     assert walk.settings[0].plan == {"layers.0.qkv": 8} and walk.settings[0].quantizer == "gptq"
+    assert walk.settings[0].group_size == 32
+    assert method.planned == {"plan": {"layers.0.qkv": 8}, "group_size": 32}
     # A run that goes on has the very same tokens and plan, and makes neither again.
     list(method.layers(lambda index: None, lambda text: None, tmp_path))
     assert walk.texts == 1 and walk.tokens[0].shape == (3, 512)
