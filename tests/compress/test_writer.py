@@ -206,7 +206,7 @@ def test_a_full_disk(model, tmp_path, monkeypatch, after):
 
 def test_too_little_room_is_said_early(model, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Free(1000))
-    with pytest.raises(ModelError, match="GB are free"):
+    with pytest.raises(ModelError, match=r"kB are still to be written and 1\.0 kB are free"):
         quantize(model, tmp_path / "out", group_size=32)
     assert not (tmp_path / "out").exists()
 
