@@ -76,9 +76,13 @@ def plan_bits(
     sensitivity, shapes = measure_sensitivity(source, tokens, progress)
     given = settings.group_size
     widest = max(shape.in_features for shape in shapes.values())
-    groups = [size for size in GROUPS if size <= widest] if given is None else [given]
-    made, losses, refused = [], [], None
-    for size in groups or [None]:
+    groups: list[int | None] = [given]
+    if given is None:
+        groups = [size for size in GROUPS if size <= widest] or [None]
+    made: list[BitPlan] = []
+    losses: list[float] = []
+    refused: ConfigError | None = None
+    for size in groups:
         asked = replace(settings, group_size=size)
         try:
             plan, bits = spend(source, asked, budget, choices, sensitivity, shapes, registry)

@@ -70,11 +70,13 @@ class LayerRun:
 
     def _keep(self, kind: str, index: int, value: torch.Tensor) -> torch.Tensor:
         """The value in a buffer of the walk; layers may differ in their sizes."""
+        import torch
+
         buffers = self._buffers.setdefault(kind, [])
         if index == len(buffers):
-            buffers.append(value.clone())
+            buffers.append(value.clone(memory_format=torch.contiguous_format))
         elif buffers[index].shape != value.shape:
-            buffers[index] = value.clone()
+            buffers[index] = value.clone(memory_format=torch.contiguous_format)
         else:
             buffers[index].copy_(value)
         return buffers[index]

@@ -20,7 +20,7 @@ from pyllmlite.compress.evaluate import PROVENANCE, Choice, evaluate
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layouts import layout_named
-from pyllmlite.compress.settings import Settings, check_shapes, completed
+from pyllmlite.compress.settings import SELF, Settings, check_shapes, completed
 from pyllmlite.compress.shard import write_text
 from pyllmlite.compress.texts import Text, read_text
 from pyllmlite.compress.writer import DirectoryWriter
@@ -89,6 +89,7 @@ def quantize_model(
         )
     prose = read_text(eval_text) if eval_windows else None
     method = method_of(settings, view)
+    _say_what_is_not_used(settings, method.calibrated)
     layout = None
     if settings.layout is not None:
         layout = layout_named(settings.layout, settings.int8_activations)
@@ -194,6 +195,24 @@ def method_of(settings: Settings, view: HFView) -> PlainMethod | CalibratedMetho
         quantizers[planned] = chosen(needs)
         options.check()
     return PlainMethod(view, settings, quantizers)
+
+
+def _say_what_is_not_used(settings: Settings, calibrated: bool) -> None:
+    given = [name for name in ("num_sequences", "seq_len") if getattr(settings, name) is not None]
+    given += ["calibration"] if settings.calibration != SELF else []
+    if given and not calibrated:
+        log.warning(
+            "method %s looks at the weights alone: %s is not used",
+            settings.method,
+            ", ".join(given),
+        )
+    few = sorted({bits for bits in (settings.bits, *settings.plan.values()) if bits in (2, 3)})
+    if few:
+        log.warning(
+            "%s bits are stored in 4, which is what the kernels and layouts hold: the directory is "
+            "no smaller than with 4",
+            " and ".join(map(str, few)),
+        )
 
 
 # -- the end -----------------------------------------------------------------------------------

@@ -91,7 +91,9 @@ def _check_budget(made: Settings) -> None:
         word = "bits" if made.bits is not None else "plan"
         raise ConfigError(f"a bits budget decides the bits of every matrix: leave out {word}")
     if made.layout == "int-quantized":
-        raise ConfigError("int-quantized holds 8 bits, a bits budget mixes them; use pack-quantized")
+        raise ConfigError(
+            "int-quantized holds 8 bits, a bits budget mixes them; use pack-quantized"
+        )
 
 
 def _cast(made: Settings) -> Settings:

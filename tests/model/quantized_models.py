@@ -117,8 +117,8 @@ def awq_gemv(drawn: Drawn, group: int) -> Tensors:
     """Scales and zero points are padded to words, and those to as many as 64 columns' kernel
     reads at once."""
     rows, groups = drawn.zeros.shape
-    multiple = {64: 2, 32: 4}.get(group, 1)
-    width = -(-(-(-groups // 8)) // multiple) * multiple
+    words, multiple = -(-groups // 8), {64: 2, 32: 4}.get(group, 1)
+    width = -(-words // multiple) * multiple
     zeros, scales = np.zeros((rows, 8 * width), int), np.zeros((rows, 8 * width), np.float16)
     zeros[:, :groups], scales[:, :groups] = drawn.zeros, drawn.scales
     return {
