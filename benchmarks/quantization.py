@@ -22,6 +22,7 @@ import math
 import pydoc_data.topics
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,9 @@ def main() -> None:
         cpu = time.process_time()  # of all threads
         if budget is not None:
             plan = plan_bits(source, settings, tokens, budget)
-            settings = MethodSettings(
-                settings.quantizer,
-                settings.bits,
-                settings.group_size,
-                settings.symmetric,
-                plan.plan,
-                settings.extra,
-            )
+            settings = replace(settings, plan=plan.plan)
+            if plan.group_size is not None:
+                settings = replace(settings, group_size=plan.group_size)
         results = list(quantize_layers(source, settings, tokens))
         seconds, peak = time.perf_counter() - started, peak_memory()
         cpu = time.process_time() - cpu

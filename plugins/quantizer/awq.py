@@ -11,11 +11,14 @@ from pyllmlite.core.weights import LinearShape, LinearWeight
 from pyllmlite.hooks.quantizer import InputStatistics, QuantizerNeeds
 from pyllmlite_plugins.quantizer.calibrated import CalibratedQuantizer
 from pyllmlite_plugins.quantizer.grid import (
+    ROWS,
     Grid,
     extreme_grid,
+    extreme_range,
     group_blocks,
     grouped,
     packed,
+    rounding_error,
     searched_grid,
 )
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 STEPS = 20  # alphas 0, 0.05, ...: the paper's grid
+COARSE = 4  # of these alphas every fourth is tried first
 LEAST = 1e-4
 
 
@@ -90,6 +94,9 @@ def search_scale(
     """The scales, with their largest and least around 1, that cost least: ``mean|x|^alpha``, and
     with ``duo`` ``mean|x|^alpha / mean|w|^(1 - alpha)`` as well.
 
+    The cost is smooth in alpha, so of its ``steps`` values only every fourth is tried, then those
+    around the best, nearer and nearer.
+
     Returns:
         float32 ``[in]``; ones where none is better than none.
     """
@@ -98,26 +105,66 @@ def search_scale(
     shared = statistics.shared
     columns = torch.arange(weight.shape[1]) if shared is None else torch.from_numpy(shared).long()
     inputs = _means(torch.from_numpy(statistics.mean_magnitude).float(), columns)
-    alphas = [step / steps for step in range(steps)]
-    tried = [inputs.pow(alpha) for alpha in alphas]
-    if duo:
-        weights = _means(_relative_magnitude(weight, group_size), columns)
-        tried += [inputs.pow(alpha) / (weights.pow(1 - alpha) + LEAST) for alpha in alphas]
+    weights = _means(_relative_magnitude(weight, group_size), columns) if duo else None
     matrix = gram.float()
-    best, best_cost = torch.ones(weight.shape[1]), float("inf")
-    for made in tried:
+
+    def scale_of(alpha: float, by_weight: bool) -> torch.Tensor:
+        made = inputs.pow(alpha)
+        if by_weight:
+            assert weights is not None
+            made = made / (weights.pow(1 - alpha) + LEAST)
         # Taken apart only here: powers of equal numbers may differ from lane to lane.
         scale = made.clamp(min=LEAST)[columns]
-        scale = scale / (scale.max() * scale.min()).sqrt()
-        if not bool(torch.isfinite(scale).all()):
-            continue
-        scaled = weight * scale
-        grid = extreme_grid(scaled, bits, group_size, symmetric)
-        error = grid.values(grid.round(scaled)).div_(scale).sub_(weight)
-        cost = float(((error @ matrix) * error).sum(dtype=torch.float64))
-        if cost < best_cost:
-            best, best_cost = scale, cost
+        return scale / (scale.max() * scale.min()).sqrt()
+
+    best, best_cost = torch.ones(weight.shape[1]), float("inf")
+    for by_weight in (False, True) if duo else (False,):
+        seen: dict[int, float] = {}
+        stride, wanted = COARSE, list(range(0, steps, COARSE))
+        while stride:
+            wanted = [step for step in wanted if 0 <= step < steps and step not in seen]
+            scales = [scale_of(step / steps, by_weight) for step in wanted]
+            for step, scale, cost in zip(
+                wanted,
+                scales,
+                scaled_costs(weight, matrix, scales, bits, group_size, symmetric),
+                strict=True,
+            ):
+                seen[step] = cost
+                if cost < best_cost:
+                    best, best_cost = scale, cost
+            middle = min(seen, key=lambda step: seen[step])
+            stride //= 2
+            wanted = [middle - stride, middle + stride]
     return best
+
+
+def scaled_costs(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    scales: list[torch.Tensor],
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+) -> list[float]:
+    """``tr(E G E^T)`` of a matrix that is rounded with each of these scales on its columns;
+    infinite for scales that are not finite.  Some rows at a time, so that they stay near the
+    cache."""
+    import torch
+
+    costs = [0.0 if bool(torch.isfinite(scale).all()) else float("inf") for scale in scales]
+    for rows in torch.split(weight, ROWS):
+        scaled = torch.empty_like(rows)
+        for number, scale in enumerate(scales):
+            if costs[number] == float("inf"):
+                continue
+            torch.mul(rows, scale, out=scaled)
+            groups = grouped(scaled, group_size)
+            wide, zero = extreme_range(groups, bits, symmetric)
+            error = rounding_error(groups, wide, zero, (1 << bits) - 1)
+            error = error.reshape(len(rows), -1)[:, : weight.shape[1]].div_(scale)
+            costs[number] += float((error @ gram).mul_(error).sum(dim=1).sum(dtype=torch.float64))
+    return costs
 
 
 def _relative_magnitude(weight: torch.Tensor, group_size: int) -> torch.Tensor:

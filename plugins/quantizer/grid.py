@@ -77,6 +77,18 @@ def nearest(
     return (weight / safe).round_().add_(zero).clamp_(0, top)
 
 
+def rounding_error(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
+) -> torch.Tensor:
+    """Rounded less given values ``[a, b, size]``, with a scale and a zero point ``[a, b]`` each."""
+    import torch
+
+    wide, point = scale[:, :, None], zero[:, :, None]
+    safe = torch.where(wide == 0, torch.ones_like(wide), wide)
+    codes = torch.div(groups, safe).round_().add_(point).clamp_(0, top)
+    return codes.sub_(point).mul_(wide).sub_(groups)
+
+
 def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """``[rows, groups, group_size]``; a short last group repeats its last column."""
     import torch
@@ -106,11 +118,18 @@ def extreme_grid(
 ) -> Grid:
     """Scales from the largest values: ``max |w|`` to the last code (symmetric), or least and
     largest value (and zero) to the first and last code."""
-    groups = grouped(weight, group_size)
-    top = (1 << bits) - 1
+    made = extreme_range(grouped(weight, group_size), bits, symmetric, shrink)
+    return Grid(bits, group_size, symmetric, *made)
+
+
+def extreme_range(
+    groups: torch.Tensor, bits: int, symmetric: bool, shrink: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points ``[rows, groups]`` of :func:`extreme_grid` for ``[rows, groups,
+    size]``."""
     low = groups.amin(dim=2).clamp_(max=0) * shrink
     high = groups.amax(dim=2).clamp_(min=0) * shrink
-    return Grid(bits, group_size, symmetric, *_from_range(low, high, top, symmetric))
+    return _from_range(low, high, (1 << bits) - 1, symmetric)
 
 
 def _from_range(
@@ -161,7 +180,7 @@ def searched_grid(
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     top = (1 << bits) - 1
     for part in torch.split(weight, ROWS):
-        groups = grouped(part, group_size)
+        groups = grouped(part, group_size).transpose(0, 1).contiguous()  # [groups, rows, size]
         low, high = groups.amin(dim=2).clamp_(max=0), groups.amax(dim=2).clamp_(min=0)
         best = _Best(groups, top, blocks, weight.shape[1])
         for step in range(steps):
@@ -173,34 +192,31 @@ def searched_grid(
                 for factor in (0.955, 0.97, 0.985, 1.0, 1.015, 1.03, 1.045):
                     if shift or factor != 1.0:
                         best.offer(half(scale * factor), (zero + shift).clamp_(0, top))
-        found.append((best.scale, best.zero))
-    scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
+        found.append((best.scale.T, best.zero.T))
+    scales, zeros = (torch.cat(parts).contiguous() for parts in zip(*found, strict=True))
     return Grid(bits, group_size, symmetric, scales, zeros)
 
 
 class _Best:
-    """The cheapest grid so far, for every row and group."""
+    """The cheapest grid so far, for every group and row: of ``groups [groups, rows, size]``."""
 
     def __init__(
         self, groups: torch.Tensor, top: int, blocks: torch.Tensor | None, columns: int
     ) -> None:
         self.groups, self.top, self.blocks = groups, top, blocks
-        self.last = columns - (groups.shape[1] - 1) * groups.shape[2]  # columns of the last group
+        self.last = columns - (groups.shape[0] - 1) * groups.shape[2]  # columns of the last group
         self.cost: torch.Tensor | None = None
         self.scale = self.zero = groups[:, :, 0]
 
     def offer(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
         import torch
 
-        wide, point = scale[:, :, None], zero[:, :, None]
-        codes = nearest(self.groups, wide, point, self.top)
-        error = codes.sub_(point).mul_(wide).sub_(self.groups)
+        error = rounding_error(self.groups, scale, zero, self.top)
         if self.blocks is None:
-            error[:, -1, self.last :] = 0
-            cost = error.square().sum(dim=2)
+            error[-1, :, self.last :] = 0
+            cost = error.square_().sum(dim=2)
         else:
-            spread = torch.bmm(error.transpose(0, 1), self.blocks)  # [groups, rows, size]
-            cost = (spread.transpose(0, 1) * error).sum(dim=2)
+            cost = torch.bmm(error, self.blocks).mul_(error).sum(dim=2)
         if self.cost is None:
             self.cost, self.scale, self.zero = cost, scale, zero
             return

@@ -59,7 +59,7 @@ class NormalFloat4(Quantizer):
     def __init__(self, needs: QuantizerNeeds) -> None:
         super().__init__(needs)
         kind = needs.extra.get("kind", "nf4")
-        if kind not in CODEBOOKS:
+        if not isinstance(kind, str) or kind not in CODEBOOKS:
             raise ConfigError(f"kind must be one of {', '.join(CODEBOOKS)}, got {kind!r}")
         self.codebook = CODEBOOKS[kind]
         self.group_size = DEFAULT_GROUP if needs.group_size is None else needs.group_size

@@ -15,8 +15,8 @@ from pyllmlite.compress.bits import plan_bits
 from pyllmlite.compress.calibration import DEFAULT_LENGTH, DEFAULT_SEQUENCES, calibration_tokens
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layerwise import MethodSettings, Quantizers, quantize_layers
-from pyllmlite.compress.shard import write_text
-from pyllmlite.core.errors import ModelError
+from pyllmlite.compress.shard import disk_errors, write_text
+from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.hooks.registry import Registry
 
 if TYPE_CHECKING:
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from pyllmlite.compress.settings import Settings
 
 TOKENS, PLAN = "calibration.npy", "plan.json"
+
+
+def file_sha256(text: str) -> str | None:
+    """Of a file of calibration text; None: ``text`` is the name of no file.  ``ConfigError``: it
+    cannot be read."""
+    try:
+        path = Path(text)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    except OSError as error:
+        raise ConfigError(f"{text}: cannot be read ({error.strerror})") from None
 
 
 class CalibratedMethod:
@@ -45,15 +55,14 @@ class CalibratedMethod:
             symmetric=settings.symmetric,
             plan=dict(settings.plan),
             extra=dict(settings.extra),
+            integer_zeros=True,
         )
+        self.planned: dict[str, Any] = {}  # what a bits budget decided, once it has
         Quantizers(view.source, self.asked, Registry.load())  # refused now, not behind the text
         self.num_sequences = settings.num_sequences or DEFAULT_SEQUENCES
         positions = view.source.spec.max_position_embeddings
         self.seq_len = settings.seq_len or min(DEFAULT_LENGTH, positions)
-        path = Path(settings.calibration)
-        self.text_sha256 = (
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        )
+        self.text_sha256 = file_sha256(settings.calibration)
 
     def facts(self) -> dict[str, Any]:
         """What the card says of the calibration."""
@@ -75,8 +84,11 @@ class CalibratedMethod:
         goes on has the very same."""
         tokens, asked = self._tokens(note, scratch), self.asked
         if self.settings.bits_budget is not None:
-            plan = self._plan(asked, tokens, self.settings.bits_budget, note, scratch)
-            asked = replace(asked, plan=plan)
+            plan, group_size = self._plan(asked, tokens, self.settings.bits_budget, note, scratch)
+            self.planned = {"plan": plan}
+            if group_size is not None:
+                self.planned["group_size"] = group_size
+            asked = replace(asked, **self.planned)
 
         def known(index: int) -> LayerResult | None:
             found = done(index)
@@ -94,7 +106,7 @@ class CalibratedMethod:
         if path.is_file():
             try:
                 tokens = np.load(path, allow_pickle=False)
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 tokens = np.empty((0, 0), np.int32)
             if tokens.shape == wanted:
                 return tokens
@@ -107,7 +119,8 @@ class CalibratedMethod:
         tokens = calibration_tokens(
             self.view.source, settings.calibration, *wanted, settings.seed, progress
         )
-        np.save(path, tokens, allow_pickle=False)
+        with disk_errors(path, "keeping the calibration tokens"):
+            np.save(path, tokens, allow_pickle=False)
         return tokens
 
     def _plan(
@@ -117,12 +130,13 @@ class CalibratedMethod:
         budget: float,
         note: Callable[[str], None],
         scratch: Path,
-    ) -> dict[str, int]:
-        """Bits of every matrix within the budget; kept, so that a run that goes on has the same."""
+    ) -> tuple[dict[str, int], int | None]:
+        """Bits of every matrix within the budget, and the group size that goes with them (None: the
+        one that was asked for); kept, so that a run that goes on has the same."""
         path = scratch / PLAN
         if path.is_file():
-            found: dict[str, int] = json.loads(path.read_text())
-            return found
+            found = json.loads(path.read_text())
+            return found["plan"], found["group_size"]
         note("planning bits")
         made = plan_bits(
             self.view.source,
@@ -131,8 +145,8 @@ class CalibratedMethod:
             budget,
             progress=lambda done, total: note(f"planning bits: {done} of {total}"),
         )
-        write_text(path, json.dumps(made.plan))
-        return made.plan
+        write_text(path, json.dumps({"plan": made.plan, "group_size": made.group_size}))
+        return made.plan, made.group_size
 
     def _theirs(self, index: int) -> str:
         """transformers' prefix of a layer: the checkpoint's, with the body's own in front, which a

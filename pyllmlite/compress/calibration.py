@@ -142,7 +142,8 @@ def read_texts(path: Path) -> Iterator[str]:
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         yield content
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    # Not splitlines(): JSON leaves U+2028 and others of its ends of lines within strings.
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

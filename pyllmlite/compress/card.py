@@ -55,11 +55,10 @@ def model_card(name: str, facts: dict[str, Any]) -> str:
         "int8_activations": "int8 inputs", "dtype": "other tensors",
     }  # fmt: skip
     lines += ["| | |", "| --- | --- |"]
-    lines += [
-        f"| {word} | {_shown(settings[key])} |"
-        for key, word in words.items()
-        if settings.get(key) is not None
-    ]
+    shown = {key: _shown(settings[key]) for key in words if settings.get(key) is not None}
+    if shown.get("group_size") == "0":
+        shown["group_size"] = "a row"
+    lines += [f"| {words[key]} | {value} |" for key, value in shown.items()]
     for key, value in (settings.get("extra") or {}).items():
         lines.append(f"| {key} | {_shown(value)} |")
     lines.append(f"| bits per weight, scales included | {facts['bits_per_weight']:.2f} |")
@@ -74,7 +73,7 @@ def model_card(name: str, facts: dict[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "a row" if value == 0 else str(value)
+    return str(value)
 
 
 def _calibration(calibration: dict[str, Any] | None) -> str:

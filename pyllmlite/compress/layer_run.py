@@ -23,6 +23,9 @@ class LayerRun:
         layer: The module; its linear weights may be replaced between stages.
         calls: The layer's arguments besides the hidden states, for every chunk.
         hidden: Chunks ``[batch, length, hidden]`` of hidden states before the layer.
+        buffers: Where what is kept is written, by kind; filled by the first layer and handed to
+            the next.  Made anew in every layer, such tensors part the heap into holes that fit
+            the next layer's as badly, and memory grows from layer to layer.
     """
 
     def __init__(
@@ -31,8 +34,10 @@ class LayerRun:
         layout: LayerLayout,
         calls: list[LayerCall],
         hidden: list[torch.Tensor],
+        buffers: dict[str, list[torch.Tensor]] | None = None,
     ) -> None:
         self.layer, self.layout, self.calls, self.hidden = layer, layout, calls, hidden
+        self._buffers = {} if buffers is None else buffers
         self._kept: dict[str, list[torch.Tensor]] = {}
 
     def inputs(self, stage: int) -> Iterator[torch.Tensor]:
@@ -47,6 +52,7 @@ class LayerRun:
         for index in range(len(self.hidden)):
             value = self._stop_at(self.layout.stages[stage].modules[0], index, stage)
             if keep:
+                value = self._keep(kind, index, value)
                 found.append(value)
             yield value.reshape(-1, value.shape[-1])
         if keep:
@@ -56,6 +62,24 @@ class LayerRun:
         """Hidden states behind the layer, chunk by chunk."""
         for index in range(len(self.hidden)):
             yield self._run(index, self._kept_blocks())
+
+    def advance(self) -> None:
+        """The hidden states become those behind the layer, in their place."""
+        for hidden, out in zip(self.hidden, self.outputs(), strict=True):
+            hidden.copy_(out)
+
+    def _keep(self, kind: str, index: int, value: torch.Tensor) -> torch.Tensor:
+        """The value in a buffer of the walk; layers may differ in their sizes."""
+        import torch
+
+        buffers = self._buffers.setdefault(kind, [])
+        if index == len(buffers):
+            buffers.append(value.clone(memory_format=torch.contiguous_format))
+        elif buffers[index].shape != value.shape:
+            buffers[index] = value.clone(memory_format=torch.contiguous_format)
+        else:
+            buffers[index].copy_(value)
+        return buffers[index]
 
     def _kept_blocks(self) -> int:
         """Blocks that need not run again: none, attention, attention and MLP."""

@@ -43,6 +43,8 @@ class MethodSettings:
         bits, group_size, symmetric: None: the strategy's own.
         plan: Bits of single fused matrices (``layers.3.qkv``), in the place of ``bits``.
         extra: Options of the strategy.
+        integer_zeros: The result is going to be written: a strategy that has the choice makes zero
+            points that are integers, as other tools' layouts hold them.
     """
 
     quantizer: str = "awq-gptq"
@@ -51,6 +53,7 @@ class MethodSettings:
     symmetric: bool | None = None
     plan: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    integer_zeros: bool = False
 
 
 Done = Callable[[int], LayerResult | None]
@@ -109,6 +112,8 @@ class Quantizers:
                 )
         self._made: dict[int | None, Quantizer] = {}
         options = Options(dict(settings.extra))
+        if settings.integer_zeros:
+            options.hint("integer_zeros", True)
         for bits in dict.fromkeys([settings.bits, *settings.plan.values()]):
             symmetric = settings.symmetric
             group_size = settings.group_size
@@ -139,6 +144,7 @@ class _Walk:
         self.spec = model.source.spec
         self.folder = Folder(model)
         self.hidden: list[torch.Tensor] | None = None
+        self.buffers: dict[str, list[torch.Tensor]] = {}
         if tokens is not None:
             self._enter(tokens)
 
@@ -158,7 +164,7 @@ class _Walk:
 
     def _run_of(self, index: int, layer: Any, hidden: list[torch.Tensor]) -> LayerRun:
         calls = [self.calls[size][index] for size in self.sizes]
-        return LayerRun(layer, self.model.layout, calls, hidden)
+        return LayerRun(layer, self.model.layout, calls, hidden, self.buffers)
 
     # -- a layer ---------------------------------------------------------------------------
     def skip(self, result: LayerResult) -> LayerResult:
@@ -168,7 +174,7 @@ class _Walk:
             return result
         layer = self.model.layer(index)
         install(self.model, layer, result)
-        self.hidden = list(self._run_of(index, layer, self.hidden).outputs())
+        self._run_of(index, layer, self.hidden).advance()
         return result
 
     def quantize(self, index: int) -> LayerResult:
@@ -185,7 +191,7 @@ class _Walk:
             # more as it will be, and as a run that finds it done sees it.
             install(self.model, layer, result)
             run = self._run_of(index, layer, run.hidden)
-        self.hidden = list(run.outputs())
+        run.advance()
         return result
 
     def _stage(

@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pyllmlite._version import __version__
@@ -19,7 +20,7 @@ from pyllmlite.compress.evaluate import PROVENANCE, Choice, evaluate
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layouts import layout_named
-from pyllmlite.compress.settings import Settings, check_shapes, completed
+from pyllmlite.compress.settings import SELF, Settings, check_shapes, completed
 from pyllmlite.compress.shard import write_text
 from pyllmlite.compress.texts import Text, read_text
 from pyllmlite.compress.writer import DirectoryWriter
@@ -88,6 +89,7 @@ def quantize_model(
         )
     prose = read_text(eval_text) if eval_windows else None
     method = method_of(settings, view)
+    _say_what_is_not_used(settings, method.calibrated)
     layout = None
     if settings.layout is not None:
         layout = layout_named(settings.layout, settings.int8_activations)
@@ -118,7 +120,7 @@ def quantize_model(
         facts = provenance(
             source.path.name if local else model or DEFAULT_MODEL,
             os.path.relpath(source.path, writer.out) if local else None,
-            settings.shown(method.calibrated),
+            {**settings.shown(method.calibrated), **method.planned},
             method.facts(),
             writer.weight_bits(),
             writer.loss(),
@@ -141,6 +143,7 @@ class PlainMethod:
 
     calibrated = False
     text_sha256: str | None = None
+    planned: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self, view: HFView, settings: Settings, quantizers: dict[int | None, Quantizer]
@@ -181,8 +184,7 @@ def method_of(settings: Settings, view: HFView) -> PlainMethod | CalibratedMetho
     quantizers: dict[int | None, Quantizer] = {}
     for planned in dict.fromkeys([None, *settings.plan.values()]):
         options = Options(dict(settings.extra))
-        dict.setdefault(options, "integer_zeros", True)  # a method that has the choice is told so
-        options.read.add("integer_zeros")
+        options.hint("integer_zeros", True)
         needs = QuantizerNeeds(
             "cpu", "f32", shapes, planned or settings.bits, settings.group_size,
             settings.symmetric, options,
@@ -193,6 +195,24 @@ def method_of(settings: Settings, view: HFView) -> PlainMethod | CalibratedMetho
         quantizers[planned] = chosen(needs)
         options.check()
     return PlainMethod(view, settings, quantizers)
+
+
+def _say_what_is_not_used(settings: Settings, calibrated: bool) -> None:
+    given = [name for name in ("num_sequences", "seq_len") if getattr(settings, name) is not None]
+    given += ["calibration"] if settings.calibration != SELF else []
+    if given and not calibrated:
+        log.warning(
+            "method %s looks at the weights alone: %s is not used",
+            settings.method,
+            ", ".join(given),
+        )
+    few = sorted({bits for bits in (settings.bits, *settings.plan.values()) if bits in (2, 3)})
+    if few:
+        log.warning(
+            "%s bits are stored in 4, which is what the kernels and layouts hold: the directory is "
+            "no smaller than with 4",
+            " and ".join(map(str, few)),
+        )
 
 
 # -- the end -----------------------------------------------------------------------------------

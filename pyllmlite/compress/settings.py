@@ -74,6 +74,8 @@ def completed(settings: Settings, view: HFView) -> Settings:
     if made.layout is None:
         made.layout = "int-quantized" if made.int8_activations else "pack-quantized"
     made.layout = ALIASES.get(made.layout, made.layout)
+    if made.bits_budget is not None:
+        _check_budget(made)
     if made.layout == "int-quantized":
         if made.bits not in (None, 8):
             raise ConfigError(f"int-quantized holds 8 bits, not {made.bits}; use pack-quantized")
@@ -81,6 +83,17 @@ def completed(settings: Settings, view: HFView) -> Settings:
     if made.layout == "gptq" and made.symmetric is not True and made.bits != 8:
         made.layout = "gptq_v2"  # which holds a zero point of 0
     return made
+
+
+def _check_budget(made: Settings) -> None:
+    """A budget decides the bits of every matrix: who asks for some too would not get them."""
+    if made.bits is not None or made.plan:
+        word = "bits" if made.bits is not None else "plan"
+        raise ConfigError(f"a bits budget decides the bits of every matrix: leave out {word}")
+    if made.layout == "int-quantized":
+        raise ConfigError(
+            "int-quantized holds 8 bits, a bits budget mixes them; use pack-quantized"
+        )
 
 
 def _cast(made: Settings) -> Settings:

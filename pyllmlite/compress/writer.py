@@ -403,10 +403,18 @@ class DirectoryWriter:
             free = shutil.disk_usage(self.partial).free
             if needed > free:
                 raise ModelError(
-                    f"{self.partial}: {needed / 1e9:.1f} GB are still to be written and "
-                    f"{free / 1e9:.1f} GB are free; make room and run the same command again: it "
-                    "goes on from the last complete layer"
+                    f"{self.partial}: {_size(needed)} are still to be written and {_size(free)} "
+                    "are free; make room and run the same command again: it goes on from the last "
+                    "complete layer"
                 )
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit that reads best: ``1.5 GB``, ``12.0 kB``."""
+    for unit, word in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {word}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _locked(partial: Path) -> IO[str]:

@@ -40,6 +40,11 @@ class Options(dict[str, Any]):
         self.read.update(super().keys())
         return super().items()
 
+    def hint(self, name: str, value: Any) -> None:
+        """An option that a strategy may read or not; what the user said stands."""
+        dict.setdefault(self, name, value)
+        self.read.add(name)
+
     def check(self) -> None:
         """``ConfigError`` for a name that no strategy has looked for."""
         known = sorted(self.read)

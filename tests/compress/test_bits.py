@@ -107,3 +107,29 @@ def test_refusals(source, measured):
         spend(source, SETTINGS, 4, (4, 8), sensitivity, shapes, Registry.load())
     with pytest.raises(ConfigError, match="different numbers"):
         spend(source, SETTINGS, 6, (4, 4), sensitivity, shapes, Registry.load())
+
+
+def test_range_of_normal_values():
+    """From the table of d2 in statistical quality control."""
+    from pyllmlite.compress.bits import _normal_range
+
+    for count, expected in ((2, 1.128), (5, 2.326), (10, 3.078), (25, 3.931)):
+        assert _normal_range(count) == pytest.approx(expected, abs=1e-3)
+
+
+def test_groups_are_chosen_where_none_are_asked_for(source, tokens, measured, monkeypatch):
+    """Where all weights feel rounding alike, smaller groups are the better way to spend bits;
+    where the budget does not pay for them, they are not taken."""
+    shapes = measured[1]
+    alike = {name: float(s.out_features * s.in_features) for name, s in shapes.items()}
+    monkeypatch.setattr("pyllmlite.compress.bits.GROUPS", (32, 16))
+    monkeypatch.setattr(
+        "pyllmlite.compress.bits.measure_sensitivity", lambda *_: (alike, shapes)
+    )
+    found = {}
+    for budget in (4.9, 6.0):
+        made = plan_bits(source, MethodSettings("gptq"), tokens, budget)
+        found[budget] = made.group_size
+        assert made.bits <= budget
+    assert found == {4.9: 32, 6.0: 16}
+    assert plan_bits(source, SETTINGS, tokens, 6.0).group_size is None

@@ -35,7 +35,7 @@ def walk(monkeypatch):
         return np.random.default_rng().integers(0, 200, (sequences, length)).astype(np.int32)
 
     def plan_bits(source, settings, tokens, budget, progress):
-        return types.SimpleNamespace(plan={"layers.0.qkv": int(budget) + 2})
+        return types.SimpleNamespace(plan={"layers.0.qkv": int(budget) + 2}, group_size=32)
 
     stand_ins = (quantize_layers, calibration_tokens, plan_bits)
     for function in stand_ins:
@@ -47,13 +47,15 @@ def walk(monkeypatch):
 
 def test_names_tokens_and_plan(walk, model, tmp_path):
     view = HFView(open_model(model))
-    method = CalibratedMethod(view, Settings("gptq", bits=4, bits_budget=6.0, seed=3))
+    method = CalibratedMethod(view, Settings("gptq", bits_budget=6.0, seed=3))
     assert (method.num_sequences, method.seq_len) == (3, 512)  # the model has 512 positions
     known = LayerResult(1, {}, {f"model.layers.1.{NORM}": np.ones(64, np.float32)})
     results = list(method.layers([None, known].__getitem__, lambda text: None, tmp_path))
     assert [list(r.changed) for r in results] == [[f"model.layers.{i}.{NORM}"] for i in range(2)]
     assert walk.done[0] is None and list(walk.done[1].changed) == [f"model.layers.1.{NORM}"]
     assert walk.settings[0].plan == {"layers.0.qkv": 8} and walk.settings[0].quantizer == "gptq"
+    assert walk.settings[0].group_size == 32
+    assert method.planned == {"plan": {"layers.0.qkv": 8}, "group_size": 32}
     # A run that goes on has the very same tokens and plan, and makes neither again.
     list(method.layers(lambda index: None, lambda text: None, tmp_path))
     assert walk.texts == 1 and walk.tokens[0].shape == (3, 512)
@@ -109,3 +111,27 @@ def test_an_option_that_nobody_reads(model, tmp_path):
     with pytest.raises(ConfigError, match="dampning.*did you mean 'damping'"):
         quantize_model(model, tmp_path / "out", settings, eval_windows=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_for_a_method_that_needs_no_text(model, tmp_path):
+    """rtn's floats' minima, which no layout holds, are asked for as integer zero points."""
+    settings = Settings("rtn", bits_budget=6.0, group_size=16, num_sequences=2, seq_len=32)
+    made = quantize_model(str(model), tmp_path / "out", settings, eval_windows=0)
+    assert 4.3 < made.facts["bits_per_weight"] <= 6.1
+    schemes = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    found = {group["weights"]["num_bits"] for group in schemes["config_groups"].values()}
+    assert found == {4, 8}
+
+
+@pytest.mark.parametrize(
+    "settings,reason",
+    [
+        ({"bits": 4}, "leave out bits"),
+        ({"plan": {"layers.0.qkv": 8}}, "leave out plan"),
+        ({"layout": "int-quantized"}, "int-quantized holds 8 bits, a bits budget mixes them"),
+    ],
+)
+def test_a_budget_stands_alone(model, tmp_path, settings, reason):
+    with pytest.raises(ConfigError, match=reason):
+        quantize_model(str(model), tmp_path / "out", Settings("gptq", bits_budget=6.0, **settings))
+    assert not list(tmp_path.glob("out*"))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from pyllmlite.compress.calibration import calibration_tokens, text_of
+from pyllmlite.compress.calibration import calibration_tokens, read_texts, text_of
 from pyllmlite.core.errors import ConfigError
 from pyllmlite.model.source import open_checkpoint
 
@@ -81,6 +81,14 @@ def test_bad_files(source, tmp_path):
     refused("less.txt", b"abcdefghij", "it holds 1 sequences of that length")
     refused("bad.jsonl", b'{"text": "abc"}\n{"text": ', "line 2 is no JSON")
     refused("none.jsonl", b'{"title": "abc"}', "line 1 has no text; looked for text, content")
+
+
+def test_json_lines_end_with_a_newline_only(tmp_path):
+    path = tmp_path / "text.jsonl"
+    records = [{"text": "ab\u2028cd\x85ef"}, {"text": "ghij"}]
+    lines = [json.dumps(r, ensure_ascii=False) for r in records]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert list(read_texts(path)) == [record["text"] for record in records]
 
 
 def test_what_is_no_file(source, tmp_path, monkeypatch):

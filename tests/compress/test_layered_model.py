@@ -79,6 +79,27 @@ def test_a_replayed_layer_uses_the_weights_it_has_by_then(name, folders):
     assert torch.equal(replayed, plain)
 
 
+def test_layers_write_what_they_keep_into_the_same_memory(folders):
+    model = LayeredModel(open_checkpoint(folders("llama")))
+    chunks = torch.split(torch.randint(3, 331, (3, 20)), 2)  # the last one is smaller
+    hidden = [model.enter(chunk) for chunk in chunks]
+    apart = [h.clone() for h in hidden]
+    buffers, places = {}, []
+    for index in range(2):
+        layer = model.layer(index)
+        calls = [model.layer_arguments(len(chunk), 20)[index] for chunk in chunks]
+        shared = LayerRun(layer, model.layout, calls, hidden, buffers)
+        alone = LayerRun(layer, model.layout, calls, apart)
+        for stage in range(4):
+            for ours, theirs in zip(shared.inputs(stage), alone.inputs(stage), strict=True):
+                assert torch.equal(ours, theirs)
+        shared.advance()
+        apart = list(alone.outputs())
+        assert all(torch.equal(a, b) for a, b in zip(hidden, apart, strict=True))
+        places.append([t.data_ptr() for kept in (*buffers.values(), hidden) for t in kept])
+    assert places[0] == places[1] and len(places[0]) == 6
+
+
 def test_names_rows_and_norms(folders):
     model = LayeredModel(open_checkpoint(folders("phi3")))
     module, rows = model.module_of("layers.1.v.weight")

@@ -206,7 +206,7 @@ def test_a_full_disk(model, tmp_path, monkeypatch, after):
 
 def test_too_little_room_is_said_early(model, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Free(1000))
-    with pytest.raises(ModelError, match="GB are free"):
+    with pytest.raises(ModelError, match=r"kB are still to be written and 1\.0 kB are free"):
         quantize(model, tmp_path / "out", group_size=32)
     assert not (tmp_path / "out").exists()
 
@@ -338,3 +338,25 @@ def test_results_that_do_not_fit(model, tmp_path):
             writer.add(LayerResult(0, {}, {"model.layers.0.nothing": np.ones(3)}))
         with pytest.raises(ModelError, match="never quantized"):
             writer.finish()
+
+
+def test_what_is_not_used_is_said(model, tmp_path, caplog):
+    settings = {"num_sequences": 4, "calibration": "text.txt", "group_size": 32}
+    quantize(model, tmp_path / "out", **settings)
+    assert "rtn looks at the weights alone: num_sequences, calibration is not used" in caplog.text
+
+
+def test_fewer_bits_than_are_stored_is_said(model, tmp_path, caplog):
+    settings = {"method": "gptq", "bits": 3, "num_sequences": 1, "seq_len": 8, "group_size": 32}
+    made = quantize(model, tmp_path / "out", **settings)
+    assert "3 bits are stored in 4" in caplog.text
+    assert made.facts["bits_per_weight"] > 4
+
+
+def test_a_card_says_numbers_as_they_are():
+    from pyllmlite.compress.card import model_card, provenance
+
+    settings = {"method": "gptq", "group_size": 0, "symmetric": False, "extra": {"damping": 0}}
+    card = model_card("m", provenance("base", None, settings, None, 4.2, {}, None))
+    assert "| group size | a row |" in card and "| symmetric | no |" in card
+    assert "| damping | 0 |" in card

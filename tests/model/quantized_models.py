@@ -64,13 +64,16 @@ def draw(
     symmetric: bool,
     order: np.ndarray | None = None,
     scale_type: Any = np.float16,
+    least_zero: int = 1,
 ) -> Drawn:
     size = group or columns
     groups = -(-columns // size)
     top = 1 << bits
     codes = rng.integers(0, top, (rows, columns))
     scales = (rng.uniform(0.5, 1.5, (rows, groups)) * 0.5 / top).astype(scale_type)
-    zeros = np.full((rows, groups), top // 2) if symmetric else rng.integers(1, top, (rows, groups))
+    zeros = np.full((rows, groups), top // 2)
+    if not symmetric:
+        zeros = rng.integers(least_zero, top, (rows, groups))
     group_of = np.arange(columns) // size
     if order is not None:
         group_of = group_of[np.argsort(order)]
@@ -78,11 +81,17 @@ def draw(
     return Drawn(codes, scales, zeros, group_of, weight.astype(np.float32))
 
 
-def gptq(drawn: Drawn, bits: int, less: int = 1) -> Tensors:
+def gptq(drawn: Drawn, bits: int, less: int = 1, borrow: bool = False) -> Tensors:
+    """``borrow``: one less in whole words, as GPTQModel makes the first version of the second: a
+    zero point of 0 takes one from its neighbour."""
     stored = (drawn.zeros - less) % (1 << bits)
+    zeros = pack_rows(stored.T, bits)
+    if borrow:
+        ones = np.uint32(sum(1 << at for at in range(0, 32, bits)))
+        zeros = (pack_rows(drawn.zeros.T, bits).view(np.uint32) - ones).view(np.int32)
     return {
         "qweight": pack_rows(drawn.codes, bits).T,
-        "qzeros": pack_rows(stored.T, bits),
+        "qzeros": zeros,
         "scales": drawn.scales.T,
         "g_idx": drawn.group_of.astype(np.int32),
     }
@@ -101,6 +110,21 @@ def awq(drawn: Drawn) -> Tensors:
         "qweight": outputs(drawn.codes.T),
         "qzeros": outputs(drawn.zeros.T),
         "scales": drawn.scales.T,
+    }
+
+
+def awq_gemv(drawn: Drawn, group: int) -> Tensors:
+    """Scales and zero points are padded to words, and those to as many as 64 columns' kernel
+    reads at once."""
+    rows, groups = drawn.zeros.shape
+    words, multiple = -(-groups // 8), {64: 2, 32: 4}.get(group, 1)
+    width = -(-words // multiple) * multiple
+    zeros, scales = np.zeros((rows, 8 * width), int), np.zeros((rows, 8 * width), np.float16)
+    zeros[:, :groups], scales[:, :groups] = drawn.zeros, drawn.scales
+    return {
+        "qweight": pack_rows(drawn.codes, 4),
+        "qzeros": pack_rows(zeros, 4),
+        "scales": scales,
     }
 
 
@@ -174,16 +198,18 @@ class Layout:
 
 
 def _gptq(
-    bits=4, group=32, symmetric=False, version="gptq", ordered=False, alone="", keep=True, **sizes
-) -> Layout:
+    bits=4, group=32, symmetric=False, version="gptq", ordered=False, alone="", keep=True,
+    borrow=False, **sizes,
+) -> Layout:  # fmt: skip
     less = 1 if version == "gptq" else 0
 
     def make(rng, module, rows, columns):
         # Modules that share their input share its order, but for those named by `alone`.
         seed = columns + (alone != "" and alone in module)
         order = np.random.default_rng(seed).permutation(columns) if ordered else None
-        drawn = draw(rng, rows, columns, bits, group, symmetric, order)
-        tensors = gptq(drawn, bits, less)
+        least = 0 if borrow or not less else 1
+        drawn = draw(rng, rows, columns, bits, group, symmetric, order, least_zero=least)
+        tensors = gptq(drawn, bits, less, borrow)
         if not keep:
             del tensors["g_idx"]
         return tensors, drawn.weight
@@ -195,13 +221,13 @@ def _gptq(
     return Layout(config, make, sizes)
 
 
-def _awq(group=32) -> Layout:
+def _awq(group=32, version="gemm") -> Layout:
     def make(rng, module, rows, columns):
-        drawn = draw(rng, rows, columns, 4, group, symmetric=False)
-        return awq(drawn), drawn.weight
+        drawn = draw(rng, rows, columns, 4, group, symmetric=False, least_zero=0)
+        return awq_gemv(drawn, group) if version == "gemv" else awq(drawn), drawn.weight
 
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True}
-    return Layout({**config, "version": "gemm"}, make)
+    return Layout({**config, "version": version}, make)
 
 
 def _compressed(
@@ -257,6 +283,9 @@ LAYOUTS: dict[str, Layout] = {
     "gptq-v2": _gptq(version="gptq_v2"),
     "gptq-row": _gptq(group=0),
     "gptq-8bit": _gptq(bits=8),
+    "gptq-borrow": _gptq(borrow=True),
+    "gptq-borrow-2bit": _gptq(bits=2, borrow=True, intermediate_size=128),
+    "gptq-borrow-8bit": _gptq(bits=8, borrow=True),
     "gptq-2bit": _gptq(bits=2, symmetric=True, intermediate_size=128),
     "gptq-3bit": _gptq(bits=3, intermediate_size=128),
     "gptq-desc-act": _gptq(ordered=True),
@@ -265,6 +294,8 @@ LAYOUTS: dict[str, Layout] = {
     "gptq-no-g-idx": _gptq(keep=False),
     "awq": _awq(),
     "awq-row": _awq(0),
+    "awq-gemv": _awq(version="gemv"),
+    "awq-gemv-row": _awq(0, version="gemv"),
     "pack-symmetric": _compressed(),
     "pack-asymmetric": _compressed(symmetric=False),
     "pack-channel": _compressed(group=0, dtype=np.float32),

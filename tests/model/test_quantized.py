@@ -328,7 +328,7 @@ REFUSALS = [
     ("gptq", lambda c: c.update(bits="four"), "bits must be an integer"),
     ("gptq", lambda c: c.update(bits=5), "bits '5' is not read; known are 2, 3, 4, 8"),
     ("gptq", lambda c: c.update(group_size=-7), "group_size must be an integer of at least -1"),
-    ("awq", lambda c: c.update(version="gemv"), "version 'gemv' is not read; known are gemm"),
+    ("awq", lambda c: c.update(version="marlin"), "version 'marlin' is not read; known are gemm"),
     ("awq", lambda c: c.update(bits=8), "bits '8' is not read"),
     ("pack-symmetric", lambda c: c.update(format="nvfp4-pack-quantized"), "known are pack-quant"),
     ("pack-symmetric", lambda c: c.pop("config_groups"), "config_groups is missing"),

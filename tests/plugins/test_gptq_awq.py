@@ -12,7 +12,7 @@ from pyllmlite.core.weights import LinearShape  # noqa: E402
 from pyllmlite.hooks.quantizer import InputStatistics, QuantizerNeeds  # noqa: E402
 from pyllmlite.testing import QuantizerConformance  # noqa: E402
 from pyllmlite_plugins.quantizer import feedback  # noqa: E402
-from pyllmlite_plugins.quantizer.awq import AWQ  # noqa: E402
+from pyllmlite_plugins.quantizer.awq import AWQ, scaled_costs, search_scale  # noqa: E402
 from pyllmlite_plugins.quantizer.awq_gptq import AWQGPTQ  # noqa: E402
 from pyllmlite_plugins.quantizer.gptq import GPTQ  # noqa: E402
 from pyllmlite_plugins.quantizer.grid import (  # noqa: E402
@@ -224,6 +224,39 @@ def test_awq_scales_by_the_magnitude_of_weights_too():
         want = np.maximum(want, 1e-4)
         ways.append(np.abs(scale / (want / np.sqrt(want.max() * want.min())) - 1).max())
     assert min(ways) < 1e-4
+
+
+def test_costs_of_scales_are_those_of_the_rounded_matrix():
+    """In float64, of the weights as they come out; rows in more than one block, a short group."""
+    weight, stats = normal(530, 40), statistics(40)
+    rng = np.random.default_rng(2)
+    scales = [np.exp(rng.standard_normal(40) * 0.5).astype(np.float32) for _ in range(2)]
+    scales.insert(1, np.full(40, np.inf, np.float32))
+    found = scaled_costs(
+        torch.from_numpy(weight), torch.from_numpy(stats.gram).float(),
+        [torch.from_numpy(scale) for scale in scales], 4, 16, False,
+    )  # fmt: skip
+    assert found[1] == float("inf")
+    for scale, cost in zip(scales[::2], found[::2], strict=True):
+        scaled = torch.from_numpy(weight * scale)
+        grid = extreme_grid(scaled, 4, 16, False)
+        rounded = grid.values(grid.round(scaled)).double().numpy() / scale
+        difference = rounded - weight
+        assert cost == pytest.approx(np.trace(difference @ stats.gram @ difference.T), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_coarse_search_finds_what_all_alphas_would(seed):
+    weight, stats = normal(64, 96, seed), statistics(96, seed=seed)
+    tensors = torch.from_numpy(weight), torch.from_numpy(stats.gram)
+    best = search_scale(*tensors, stats, 4, 32, False, 20, duo=False)
+    magnitude = torch.from_numpy(stats.mean_magnitude)
+    scales = [best]
+    for step in range(20):
+        scale = magnitude.pow(step / 20).clamp(min=1e-4)
+        scales.append(scale / (scale.max() * scale.min()).sqrt())
+    cost, *every = scaled_costs(tensors[0], tensors[1].float(), scales, 4, 32, False)
+    assert cost <= 1.02 * min(every)
 
 
 def test_awq_gives_shared_inputs_one_scale():

@@ -129,7 +129,8 @@ def test_what_int8_makes():
     made = quantize(LLMInt8, normal(16, 200))
     assert made.format == "int8" and made.values.min() >= -127
     assert (np.abs(made.values).max(axis=1) == 127).all()
-    assert made.int8_activations and made.activation_group == -1 and made.outlier_threshold == 6
+    assert made.int8_activations and made.activation_group == 64 and made.outlier_threshold == 6
+    assert quantize(LLMInt8, normal(2, 9), extra={"activation_group": 0}).activation_group == -1
     error = np.abs(made.float32() - normal(16, 200))
     assert (error <= 0.5001 * made.scales).all()
     for kind in ("embed", "head"):
@@ -146,7 +147,7 @@ def test_what_is_kept():
     codes = np.zeros((4, 64), np.int8)
     plain = LinearWeight("int8", codes, np.ones((4, 1), np.float16))
     kept = LLMInt8(needs()).keep(shape, plain)
-    assert kept.values is codes and kept.outlier_threshold == 6 and kept.activation_group == -1
+    assert kept.values is codes and kept.outlier_threshold == 6 and kept.activation_group == 64
     grouped = LinearWeight("int8", codes, np.ones((4, 2), np.float16), None, 32)
     assert LLMInt8(needs()).keep(shape, grouped) is None
     nf4 = quantize(NormalFloat4, normal(4, 64))
@@ -168,6 +169,9 @@ def test_refusals():
     for cls, extra, reason in [
         (LLMInt8, {"outlier_threshold": "six"}, "outlier_threshold must be a number"),
         (LLMInt8, {"outlier_threshold": 0}, "outlier_threshold must be a number above 0"),
+        (LLMInt8, {"outlier_threshold": True}, "outlier_threshold must be a number above 0"),
+        (LLMInt8, {"activation_group": 12}, "activation_group must be a multiple of 8"),
+        (LLMInt8, {"activation_group": -8}, "activation_group must be a multiple of 8"),
         (NormalFloat4, {"kind": "nf5"}, "kind must be one of nf4, fp4"),
     ]:
         with pytest.raises(ConfigError, match=reason):

@@ -38,6 +38,10 @@ from pyllmlite.model.quantized.tensor import (
 
 FORMATS = ("gptq", "gptq_v2")
 BITS = (2, 3, 4, 8)
+# One for every zero point of a word.  GPTQModel subtracts it from whole words, so that a zero point
+# of 0 borrows from the next one: only added to whole words it comes back.  (3 bits, which run over
+# the edges of words, it takes apart first.)
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 def gptq_reader(settings: Mapping[str, Any]) -> Callable[[Checkpoint], Checkpoint]:
@@ -123,8 +127,11 @@ class GPTQTensor(QuantizedTensor):
         """Scales and zero points ``[out, groups]`` of the whole matrix; no zero points where all
         of them stand in the middle."""
         if self._tables is None:
-            zeros = unpack_words(self.array("qzeros"), self.bits, self.shape[0]).T
-            if self.stored_less_one:
+            words = self.array("qzeros")
+            if self.stored_less_one and self.bits in ONES:
+                words = words.view(np.uint32) + np.uint32(ONES[self.bits])
+            zeros = unpack_words(words, self.bits, self.shape[0]).T
+            if self.stored_less_one and self.bits not in ONES:
                 zeros = (zeros + np.uint8(1)) & np.uint8((1 << self.bits) - 1)
             symmetric = bool((zeros == 1 << (self.bits - 1)).all())
             scales = narrowed(np.ascontiguousarray(self.finite("scales").T))
