@@ -162,7 +162,7 @@ def test_prompts_of_a_file_through_the_chat_template(teacher, tmp_path):
     assert records[1].prompt == (
         "<|im_start|>user\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert header["settings"]["prompts_count"] == 2
+    assert len(header["settings"]["prompts_sha256"]) == 64
     assert records[0].token_ids != records[2].token_ids
     (tmp_path / "p.txt").write_text("\n")
     with pytest.raises(ConfigError, match="is empty, there is no prompt"):
@@ -206,6 +206,7 @@ def test_bad_input_is_one_line(teacher, tmp_path, monkeypatch):
     refused(ConfigError, "has 331 tokens, the teacher 259", other)
     refused(ConfigError, "layers=5 cannot be cut out of a teacher with 2", "layers=5")
     refused(ConfigError, "say who learns", None)
+    refused(ConfigError, "top_k is 1000, the vocabulary has 259", top_k=1000)
     long = {**TRAIN, "seq_len": 600}
     refused(ConfigError, "seq_len 600 is more than the models' 512", train=long)
     refused(ConfigError, "nothing is left to learn from", held_out=24)
