@@ -100,14 +100,17 @@ class TextBatches:
         return batches
 
 
-def split_records(records: list[Record], held_out: int) -> tuple[list[int], list[int]]:
+def split_records(
+    records: list[Record], held_out: int, seq_len: int
+) -> tuple[list[int], list[int]]:
     """Numbers of the records to learn from, and of at least ``held_out`` that are not: the last of
-    the file, and every other answer to their prompts.
+    the file, and every other answer to their prompts.  Answers that begin behind ``seq_len`` are
+    neither.
 
     Raises:
         ConfigError: Nothing would be left to learn from.
     """
-    kept = [r for r in records if not r.dropped]
+    kept = [r for r in records if not r.dropped and predicted_tokens(r, seq_len)[1]]
     unseen: set[int] = set()
     sources: set[int] = set()
     for record in reversed(kept):
@@ -120,7 +123,8 @@ def split_records(records: list[Record], held_out: int) -> tuple[list[int], list
     train = [r.index for r in kept if r.index not in unseen]
     if not train:
         raise ConfigError(
-            f"{len(kept)} answers were kept and {held_out} are held out to measure on, nothing is "
-            "left to learn from; write more (--num-sequences), or hold out fewer"
+            f"{len(kept)} answers were kept (and begin within seq_len {seq_len}), {held_out} are "
+            "held out to measure on, nothing is left to learn from; write more (--num-sequences), "
+            "or hold out fewer"
         )
     return train, sorted(unseen)

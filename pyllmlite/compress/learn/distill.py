@@ -101,6 +101,7 @@ def distill(
         if given is None:
             given = open_model(student)
             check_vocabularies(source, given)
+            check_place(work.out, given.path, force)
         else:
             given = given.completed(source.spec)
         if settings.mode == "logits" and settings.top_k > source.spec.vocab_size:
@@ -202,6 +203,9 @@ class _Run:
         data = self._data_path()
         header, records = read_records(data, self.source.spec.vocab_size)
         text = asdict(TextStats.of(records))
+        wrote = header["settings"].get("teacher")
+        if self.settings.data and wrote != self.teacher:
+            self.say(f"{data} was written by {wrote}")
         if self.settings.mode == "text":
             return self._finish_text(text, processes)
         return self._learn(given, records, sha256_of(data), text, processes)
@@ -268,7 +272,7 @@ class _Run:
         from pyllmlite.compress.learn.trainer import Trainer
 
         settings = self.settings
-        seen, unseen = split_records(records, settings.held_out)
+        seen, unseen = split_records(records, settings.held_out, self.seq_len)
         topk, stored = self._logits(records, sha256, processes)
         module = self._student(given, records, seen)
         check_head(module)

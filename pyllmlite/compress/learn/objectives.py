@@ -145,10 +145,15 @@ def check_head(module: Any) -> None:
     """``ModelError`` if hidden states and output matrix alone do not give the model's logits."""
     device = next(module.parameters()).device
     ids = torch.tensor([[1, 2, 3]], device=device)
-    with torch.no_grad():
-        head = Head(module)
-        expected = module(input_ids=ids, use_cache=False).logits.float()
-        found = head(head.body(ids)).float()
+    was_training = module.training
+    module.eval()  # without dropout
+    try:
+        with torch.no_grad():
+            head = Head(module)
+            expected = module(input_ids=ids, use_cache=False).logits.float()
+            found = head(head.body(ids)).float()
+    finally:
+        module.train(was_training)
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"{type(module).__name__} computes more than its output matrix behind the last norm; "

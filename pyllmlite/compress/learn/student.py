@@ -115,7 +115,7 @@ def load_module(source: ModelSource) -> Any:
 
 
 def make_student(teacher: ModelSource, cut: Cut, texts: Sequence[list[int]] = ()) -> Any:
-    """A module cut out of the teacher, with float32 weights that can be trained.
+    """A module cut out of the teacher, with float32 weights that can be trained, in eval mode.
 
     Args:
         texts: Token ids to see activations on; needed if the student is narrower.
@@ -157,7 +157,7 @@ def make_student(teacher: ModelSource, cut: Cut, texts: Sequence[list[int]] = ()
             f"{teacher.path}: its layers do not fit a smaller model of its kind "
             f"({', '.join([*missing, *unexpected][:3])})"
         )
-    return student.requires_grad_(True)
+    return student.requires_grad_(True).eval()
 
 
 def freeze_embeddings(module: Any) -> None:

@@ -126,10 +126,13 @@ def test_bad_prompts(tmp_path, name, content, words):
 
 def test_answers_to_a_prompt_are_held_out_together():
     records = [record(i, source=i % 4) for i in range(12)]
-    train, unseen = split_records(records, 2)
+    train, unseen = split_records(records, 2, 99)
     assert unseen == [3, 7, 11]  # the other answers to the last one's prompt are unseen too
     assert sorted(train + unseen) == list(range(12))
-    train, unseen = split_records([record(i) for i in range(5)], 2)
+    train, unseen = split_records([record(i) for i in range(5)], 2, 99)
     assert (train, unseen) == ([0, 1, 2], [3, 4])
+    longer = record(5)
+    longer.prompt_token_ids = [1] * 9
+    assert split_records([*[record(i) for i in range(5)], longer], 2, 8) == ([0, 1, 2], [3, 4])
     with pytest.raises(ConfigError, match="nothing is left"):
-        split_records([record(0), record(1, dropped="length")], 1)
+        split_records([record(0), record(1, dropped="length")], 1, 99)

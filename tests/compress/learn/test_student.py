@@ -6,6 +6,7 @@ import torch
 from text_model import write_text_model
 from tiny_models import TINY
 
+from pyllmlite.compress.layered_model import LayeredModel
 from pyllmlite.compress.learn.draft import needed_acceptance, speed_up
 from pyllmlite.compress.learn.export import write_module
 from pyllmlite.compress.learn.student import (
@@ -68,9 +69,9 @@ def test_layers_of_every_kind(family, tmp_path):
         m for m in teacher.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > count
     )
     kept = kept_layers(source.spec.num_layers, count)
+    tuples = LayeredModel(source).returns_tuple
     for index in set(range(source.spec.num_layers)) - set(kept):
         # A skipped layer hands its input on.
-        tuples = family == "bloom"
         layers[index].forward = lambda h, *a, t=tuples, **k: (h, None) if t else h
     with torch.no_grad():
         expected = teacher(input_ids=IDS, use_cache=False).logits
