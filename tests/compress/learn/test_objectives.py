@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import TINY
 
 from pyllmlite.compress.learn import losses
 from pyllmlite.compress.learn.batches import TextBatches
@@ -285,6 +286,11 @@ def test_on_policy_is_decided_by_seed_and_index(module):
         return [policy(module, {**batch, "index": i})[1]["own"] for i in range(12)]
 
     assert who(1) == who(1) != who(2) and 0 < sum(who(1)) < 12
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt2", "bloom", "mpt", "phi3", "qwen3"])
+def test_the_head_of_every_kind(family, tmp_path):
+    check_head(load_module(open_model(str(TINY[family](tmp_path / "m")))).train())
 
 
 def test_a_model_that_does_more_behind_its_norm(source, monkeypatch):
