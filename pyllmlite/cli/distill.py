@@ -136,7 +136,8 @@ def distill(
     """Make a smaller model that answers as a larger one does.
 
     Interrupted, the same command goes on where it was.  The directory gets its name when it is
-    complete.  Several processes: torchrun --nproc-per-node N -m pyllmlite.cli.main distill ...
+    complete.  Several processes: torchrun --standalone --nproc-per-node N -m pyllmlite.cli.main
+    distill ...
     """
     from pyllmlite.compress.learn.distill import distill as run
     from pyllmlite.compress.learn.distill_settings import DistillSettings

@@ -8,6 +8,7 @@ picture of the loss stay in ``OUT/distill``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 WORK = "distill"
 DATA = "data.jsonl"
+STATE = "settings.json"
 _NARROW_TEXTS = 64  # records whose activations say what is used
 
 
@@ -141,7 +143,7 @@ class _Work:
             self._lock = locked(self.folder / "lock")
             if restart:
                 self._clear()
-        state = self.folder / "settings.json"
+        state = self.folder / STATE
         wanted = json.loads(json.dumps(identity))
         if not state.exists():
             write_text(state, json.dumps(wanted, indent=2) + "\n")
@@ -159,9 +161,15 @@ class _Work:
                 )
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """End the work; where nothing was made yet, nothing stays."""
+        if self._lock is None:
+            return
+        self._lock.close()
+        self._lock = None
+        if self.folder.is_dir() and {p.name for p in self.folder.iterdir()} <= {STATE, "lock"}:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.partial.rmdir()  # if it was made for this
 
     def _clear(self) -> None:
         for path in list(self.folder.iterdir()):
@@ -254,7 +262,7 @@ class _Run:
         if processes.first:
             os.replace(self.work.folder / DATA, self.work.partial / DATA)
             self.work.close()
-            shutil.rmtree(self.work.folder)
+            shutil.rmtree(self.work.folder, ignore_errors=True)
             publish(self.work.partial, self.work.out)
         return Result(self.work.out, {"text": text}, processes.first)
 

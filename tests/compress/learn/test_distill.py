@@ -204,6 +204,9 @@ def test_bad_input_is_one_line(teacher, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "x").exists()
 
+    missing = TextSettings(str(tmp_path / "none.txt"))
+    refused(ConfigError, "none.txt: cannot be read", text=missing)
+    assert not (tmp_path / "x.partial").exists()  # nothing was made, nothing stays
     other = str(TINY["llama"](tmp_path / "other"))
     refused(ConfigError, "has 331 tokens, the teacher 259", other)
     refused(ConfigError, "layers=5 cannot be cut out of a teacher with 2", "layers=5")
