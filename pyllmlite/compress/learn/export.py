@@ -23,10 +23,15 @@ def write_module(module: Any, tokenizer_of: ModelSource, directory: Path, dtype:
         dtype: f32, bf16 or f16; the module is left in it.
     """
     import torch
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar of its own over one file
     with disk_errors(directory, "writing the student"):
         module.to(getattr(torch, DTYPES[dtype])).save_pretrained(directory)
         write_tokenizer_files(tokenizer_of, directory)
+    if shown:
+        logging.enable_progress_bar()
 
 
 def write_card(directory: Path, name: str, facts: dict[str, Any]) -> None:
