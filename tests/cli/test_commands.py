@@ -17,7 +17,7 @@ from pyllmlite.core.config import EngineConfig
 from pyllmlite.core.sampling import SamplingParams
 
 COMMANDS = ["run", "chat", "pull", "info", "plugins", "explain", "bench", "new-plugin", "quantize",
-            "eval", "plan", "serve"]  # fmt: skip
+            "eval", "plan", "serve", "distill"]  # fmt: skip
 
 
 def one_error_line(done, *words, code=1):
