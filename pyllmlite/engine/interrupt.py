@@ -38,6 +38,11 @@ class DeferredInterrupt:
         if kind is None:
             self.check()
 
+    @property
+    def noted(self) -> bool:
+        """Ctrl-C came and has not been raised yet."""
+        return self._noted
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted:
             raise KeyboardInterrupt
