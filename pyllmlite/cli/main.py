@@ -10,6 +10,7 @@ import typer
 
 from pyllmlite.cli import (
     bench,
+    distill,
     eval,
     explain,
     generate,
@@ -37,6 +38,7 @@ app.command()(info.info)
 app.command()(info.plugins)
 app.command()(explain.explain)
 app.command()(quantize.quantize)
+app.command()(distill.distill)
 app.command()(serve.serve)
 app.command("eval")(eval.evaluate)
 app.command()(plan.plan)

@@ -32,9 +32,9 @@ def write_model_files(
         dtype: Of the float tensors.
     """
     source = view.source
+    write_tokenizer_files(source, directory)
     if isinstance(source.checkpoint, GGUFCheckpoint):
         config = gguf_to_hf_config(source)
-        _export_tokenizer(source, directory)
         generation = {
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": config.get("eos_token_id"),
@@ -43,12 +43,19 @@ def write_model_files(
         _write_json(directory / "generation_config.json", chosen)
     else:
         config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-        _copy_files(source.path, directory)
     for word in {"torch_dtype", "dtype"} & set(config) or {"torch_dtype"}:
         config[word] = DTYPES[dtype]
     if quantization is not None:
         config["quantization_config"] = quantization
     _write_json(directory / "config.json", config)
+
+
+def write_tokenizer_files(source: ModelSource, directory: Path) -> None:
+    """Tokenizer, chat template and what else a checkpoint has beside weights and config."""
+    if isinstance(source.checkpoint, GGUFCheckpoint):
+        _export_tokenizer(source, directory)
+    else:
+        _copy_files(source.path, directory)
 
 
 def _export_tokenizer(source: ModelSource, directory: Path) -> None:

@@ -24,11 +24,11 @@ from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layouts import Layout, Scheme
 from pyllmlite.compress.model_files import write_model_files
+from pyllmlite.compress.place import check_place, locked, publish
 from pyllmlite.compress.shard import (
     Entry,
     disk_errors,
     entry,
-    sync_directory,
     write_shard,
     write_text,
 )
@@ -91,7 +91,7 @@ class DirectoryWriter:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir(exist_ok=True)
             (self.scratch).mkdir(exist_ok=True)
-            self._lock = _locked(self.partial)
+            self._lock = locked(self.scratch / "lock")
         try:
             self._take_up(restart)
         except BaseException:
@@ -198,36 +198,13 @@ class DirectoryWriter:
 
     def publish(self) -> Path:
         """Give the complete directory its name; what stood under it goes away only then."""
-        with disk_errors(self.out, "giving the directory its name"):
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            sync_directory(self.partial)
-            old = None
-            if self.out.is_dir() and any(self.out.iterdir()):
-                old = self.out.with_name(f"{self.out.name}.old-{os.getpid()}")
-                os.rename(self.out, old)
-            try:
-                os.rename(self.partial, self.out)
-            except OSError:
-                if old is not None:
-                    os.rename(old, self.out)
-                raise
-            sync_directory(self.out.parent)
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        publish(self.partial, self.out)
         return self.out
 
     # -- inside --------------------------------------------------------------------------------
     def _check_place(self, force: bool) -> None:
-        source = Path(os.path.realpath(self.view.source.path))
-        if Path(os.path.realpath(self.out)) in (source, *source.parents):
-            raise ConfigError(f"{self.out} holds the model that is quantized; choose another --out")
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise ConfigError(f"{self.out} is no directory; choose another --out")
-        if self.out.is_dir() and any(self.out.iterdir()) and not force:
-            raise ConfigError(
-                f"{self.out} exists; choose another --out, or --force, which replaces it when the "
-                "new one is complete"
-            )
+        check_place(self.out, self.view.source.path, force)
 
     def _take_up(self, restart: bool) -> None:
         """Go on with what an earlier run left, as far as it is whole."""
@@ -407,18 +384,3 @@ class DirectoryWriter:
                     f"{free / 1e9:.1f} GB are free; make room and run the same command again: it "
                     "goes on from the last complete layer"
                 )
-
-
-def _locked(partial: Path) -> IO[str]:
-    """One run at a time; the lock ends with the process that holds it."""
-    file = open(partial / STATE_FOLDER / "lock", "w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no POSIX system: nobody is kept out
-        pass
-    except OSError:
-        file.close()
-        raise ModelError(f"{partial}: another run is writing there") from None
-    return file

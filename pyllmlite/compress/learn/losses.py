@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 IGNORE = -100  # a target that counts for nothing, as in transformers
@@ -62,6 +63,7 @@ def topk_divergence(
     log_probs: Any,
     temperature: float = 1.0,
     direction: str = "forward",
+    tail: Any = None,
 ) -> Any:
     """T^2 times the divergence with everything outside the k tokens as one outcome.
 
@@ -69,19 +71,64 @@ def topk_divergence(
         student: Logits ``[..., vocab]``.
         ids: The teacher's k likeliest tokens ``[..., k]``, int64, no id twice.
         log_probs: Their log-probabilities under softmax(teacher's logits / T), ``[..., k]``.
+        tail: Log of the mass outside them ``[...]``; None: what they leave of 1.  Where both are
+            rounded they are scaled to sum to 1.
     Returns:
         ``[...]``, nats.
     """
-    scaled = student / temperature
-    log_sum = scaled.logsumexp(-1, keepdim=True)
-    p, q = log_probs, scaled.gather(-1, ids) - log_sum
-    if ids.shape[-1] < student.shape[-1]:
-        inside = torch.zeros_like(scaled, dtype=torch.bool).scatter_(-1, ids, True)
-        # The tail's sum is taken over the tail itself: 1 - sum(q) would cancel where q is sharp.
-        tail = scaled.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True) - log_sum
-        p = torch.cat([p, tail_log_prob(log_probs)[..., None]], -1)
-        q = torch.cat([q, tail], -1)
-    return temperature**2 * _divergence(p, q, direction)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be forward or reverse, got {direction!r}")
+    if tail is None:
+        tail = tail_log_prob(log_probs)
+    if ids.shape[-1] == student.shape[-1]:
+        tail = torch.full_like(tail, -torch.inf)
+    p = torch.log_softmax(torch.cat([log_probs, tail[..., None]], -1), -1)
+    return _TopK.apply(student, ids, p, temperature, direction)
+
+
+class _TopK(torch.autograd.Function):
+    """With a gradient of its own: one exponential of the vocabulary instead of two, and two copies
+    of it in memory instead of six.
+
+    With q over the k tokens and the tail, q_t the tail's mass and L the divergence, the gradient
+    by scaled logit j is, forward, q_j - p_j for one of the k and q_j (1 - p_t / q_t) for one of
+    the tail; reverse, q_j (log(q_j / p_j) - L) and q_j (log(q_t / p_t) - L).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Any, ids: Any, p: Any, temperature: float, direction: str
+    ) -> Any:
+        scaled = student / temperature if temperature != 1 else student
+        log_sum = scaled.logsumexp(-1, keepdim=True)
+        kept = scaled.gather(-1, ids) - log_sum
+        # The tail is summed itself: 1 - sum(q) would be rounding where q is sharp.
+        rest = (scaled - log_sum).exp_().scatter_(-1, ids, 0.0)
+        mass = rest.sum(-1, keepdim=True)
+        least = torch.finfo(student.dtype).tiny
+        q = torch.cat([kept, mass.clamp_min(least).log()], -1)
+        if ids.shape[-1] == student.shape[-1]:
+            q[..., -1] = -torch.inf
+        value = _divergence(p, q, direction)
+        ctx.save_for_backward(ids, p, q, rest, value)
+        ctx.temperature, ctx.forward_direction = temperature, direction == "forward"
+        return temperature**2 * value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_value: Any) -> Any:
+        ids, p, q, rest, value = ctx.saved_tensors
+        tail_there = q[..., -1:] > -torch.inf
+        if ctx.forward_direction:
+            inside = q[..., :-1].exp() - p[..., :-1].exp()
+            outside = 1 - (p[..., -1:] - q[..., -1:]).exp()
+        else:
+            inside = q[..., :-1].exp() * (q[..., :-1] - p[..., :-1] - value[..., None])
+            outside = q[..., -1:] - p[..., -1:] - value[..., None]
+        outside = torch.where(tail_there, outside, torch.zeros_like(outside))
+        times = ctx.temperature * by_value[..., None]  # T^2 / T
+        gradient = (rest * (outside * times)).scatter_(-1, ids, inside * times)
+        return gradient, None, None, None, None
 
 
 def tail_log_prob(log_probs: Any) -> Any:
