@@ -113,7 +113,9 @@ def quantize_model(
         partial = writer.finish(watcher.note)
         measured = None
         if prose is not None:
-            measured = _measure(model, partial, prose, eval_windows, eval_length, threads, watcher)
+            measured = measure(
+                model, partial, prose, eval_windows, eval_length, threads, watcher.note
+            )
         local = model is not None and Path(model).expanduser().exists()
         facts = provenance(
             source.path.name if local else model or DEFAULT_MODEL,
@@ -196,14 +198,14 @@ def method_of(settings: Settings, view: HFView) -> PlainMethod | CalibratedMetho
 
 
 # -- the end -----------------------------------------------------------------------------------
-def _measure(
+def measure(
     model: str | None,
     partial: Path,
     text: Text,
     windows: int,
     length: int,
     threads: int | None,
-    watcher: Watcher,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Loss of the written directory, beside the model that it was made from."""
     source: ModelSource = open_model(partial)
@@ -216,7 +218,7 @@ def _measure(
         weights_only=True,
         speed=False,
         threads=threads,
-        progress=lambda what, done, total: watcher.note(f"measuring the loss: {what}"),
+        progress=lambda what, done, total: note(f"measuring the loss: {what}"),
     )
     row = report.rows[0]
     return {

@@ -250,7 +250,9 @@ class DirectoryWriter:
         for path in list(self.partial.iterdir()):
             if path.name == STATE_FOLDER:
                 for inner in path.iterdir():
-                    if inner.name != "lock":
+                    if inner.is_dir():
+                        shutil.rmtree(inner)
+                    elif inner.name != "lock":
                         inner.unlink()
             elif path.is_dir():
                 shutil.rmtree(path)

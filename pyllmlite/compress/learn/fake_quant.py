@@ -199,10 +199,10 @@ class FakeQuant(torch.nn.Module):
             ModelError: What was learned is not finite, or a scale is beyond float16.
         """
         with torch.no_grad():
-            scale = _scales(self.ratio, self.start)[0].float()
+            scale = _scales(self.ratio, self.start)[0].float().cpu()
             codes = _codes(
                 self.latent, self.ratio, self.start, self.zero, self.limits, self.group_size
-            )
+            ).cpu()
         if not bool(torch.isfinite(self.latent).all()) or not bool(
             (scale.abs() <= F16_MAX).all()
         ):
@@ -210,7 +210,7 @@ class FakeQuant(torch.nn.Module):
                 "a trained matrix holds NaN, infinity, or scales that do not fit into float16; "
                 "train with a smaller learning rate"
             )
-        zero = None if self.plain else self.zero.numpy().astype(np.int16)
+        zero = None if self.plain else self.zero.cpu().numpy().astype(np.int16)
         return LinearWeight(
             self.format,
             codes.numpy().astype(np.int8 if self.format == "int8" else np.uint8),
