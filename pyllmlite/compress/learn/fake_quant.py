@@ -57,28 +57,22 @@ class _Rounding(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(latent, ratio, start, zero)
         ctx.limits, ctx.group_size = limits, group_size
-        scale, _ = _scales(ratio, start)
-        weight = _codes(latent, ratio, start, zero, limits, group_size)
-        weight -= _wide(zero, latent.shape[1], group_size)
-        return weight.mul_(_wide(scale, latent.shape[1], group_size))
+        levels = _levels(latent, ratio, start, zero, limits, group_size)
+        levels *= _scales(ratio, start)[0][:, :, None]
+        return _flat(levels, latent.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        (slope,) = gradients
         latent, ratio, start, zero = ctx.saved_tensors
-        columns, size, (low, high) = latent.shape[1], ctx.group_size, ctx.limits
-        wide = _wide(zero, columns, size)
-        scale, factor = _scales(ratio, start)
-        x = latent * _wide(factor, columns, size)
-        level = x.round().add_(wide)
-        code = level.clamp(low, high)
-        inside = level == code
-        code -= wide
-        by_scale = code.sub_(x.mul_(inside)).mul_(slope)
-        by_ratio = _group_sums(by_scale, size).mul_(start)
-        by_ratio *= ratio >= LEAST_RATIO
-        by_latent = (slope * inside).mul_(_wide(start, columns, size))
-        return by_latent, by_ratio, None, None, None, None
+        slope = _folded(gradients[0], ctx.group_size)
+        x = _folded(latent, ctx.group_size) * _scales(ratio, start)[1][:, :, None]
+        near = x.round()
+        level = near.clamp(*_bounds(zero, ctx.limits))
+        inside = near == level
+        by_scale = level.sub_(x.mul_(inside)).mul_(slope)
+        by_ratio = by_scale.sum(dim=2).mul_(start) * (ratio >= LEAST_RATIO)
+        by_latent = (slope * inside).mul_(start[:, :, None])
+        return _flat(by_latent, latent.shape[1]), by_ratio, None, None, None, None
 
 
 def _scales(ratio: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +82,7 @@ def _scales(ratio: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, tor
     return scale, torch.where(scale == 0, torch.zeros_like(scale), start / scale)
 
 
-def _codes(
+def _levels(
     latent: torch.Tensor,
     ratio: torch.Tensor,
     start: torch.Tensor,
@@ -96,25 +90,26 @@ def _codes(
     limits: tuple[int, int],
     group_size: int,
 ) -> torch.Tensor:
-    columns = latent.shape[1]
-    x = latent * _wide(_scales(ratio, start)[1], columns, group_size)
-    return x.round_().add_(_wide(zero, columns, group_size)).clamp_(*limits)
+    """``code - zero`` as floats, ``[rows, groups, group_size]``."""
+    steps = _folded(latent, group_size) * _scales(ratio, start)[1][:, :, None]
+    return steps.round_().clamp_(*_bounds(zero, limits))
 
 
-def _wide(groups: torch.Tensor, columns: int, group_size: int) -> torch.Tensor:
-    """``[rows, groups]`` as ``[rows, columns]``, or ``[rows, 1]`` where there is one group."""
-    if groups.shape[1] == 1:
-        return groups
-    return groups.repeat_interleave(group_size, dim=1)[:, :columns]
+def _bounds(zero: torch.Tensor, limits: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = zero[:, :, None]
+    return limits[0] - wide, limits[1] - wide
 
 
-def _group_sums(values: torch.Tensor, group_size: int) -> torch.Tensor:
-    """``[rows, columns]`` to the sums of groups; the last may be short."""
-    rows, columns = values.shape
-    if columns <= group_size:
-        return values.sum(dim=1, keepdim=True)
-    values = torch.nn.functional.pad(values, (0, -columns % group_size))
-    return values.view(rows, -1, group_size).sum(dim=2)
+def _folded(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """``[rows, columns]`` as ``[rows, groups, group_size]``; zeros behind a short last group."""
+    short = -values.shape[1] % group_size
+    if short:
+        values = torch.nn.functional.pad(values, (0, short))
+    return values.reshape(values.shape[0], -1, group_size)
+
+
+def _flat(values: torch.Tensor, columns: int) -> torch.Tensor:
+    return values.reshape(values.shape[0], -1)[:, :columns]
 
 
 class FakeQuant(torch.nn.Module):
@@ -154,7 +149,7 @@ class FakeQuant(torch.nn.Module):
                 "a matrix whose inputs are scaled or permuted as the model runs cannot be trained; "
                 "start from gptq"
             )
-        rows, columns = made.shape
+        columns = made.shape[1]
         self.format, self.bits = made.format, bits or (8 if made.format == "int8" else 4)
         self.stored_group = made.group_size
         self.group_size = min(made.group_size or max(columns, 1), max(columns, 1))
@@ -166,12 +161,12 @@ class FakeQuant(torch.nn.Module):
         self.plain = made.zero_points is None
         self.register_buffer("start", start)
         self.register_buffer("zero", torch.from_numpy(np.asarray(zero, np.float32)))
-        levels = codes - _wide(self.zero, columns, self.group_size)
+        levels = _folded(codes, self.group_size) - self.zero[:, :, None]
         if weight is not None:
             scale = torch.where(start == 0, torch.ones_like(start), start)
-            wanted = torch.from_numpy(weight) / _wide(scale, columns, self.group_size)
+            wanted = _folded(torch.from_numpy(weight), self.group_size) / scale[:, :, None]
             levels += (wanted - levels).clamp_(-NEAR, NEAR)
-        self.latent = torch.nn.Parameter(levels)
+        self.latent = torch.nn.Parameter(_flat(levels, columns).contiguous())
         self.ratio = torch.nn.Parameter(torch.ones_like(start))
 
     def _limits(self, made: LinearWeight) -> tuple[int, int]:
@@ -200,9 +195,10 @@ class FakeQuant(torch.nn.Module):
         """
         with torch.no_grad():
             scale = _scales(self.ratio, self.start)[0].float().cpu()
-            codes = _codes(
+            levels = _levels(
                 self.latent, self.ratio, self.start, self.zero, self.limits, self.group_size
-            ).cpu()
+            )
+            codes = _flat(levels + self.zero[:, :, None], self.latent.shape[1]).cpu()
         if not bool(torch.isfinite(self.latent).all()) or not bool(
             (scale.abs() <= F16_MAX).all()
         ):
@@ -211,9 +207,10 @@ class FakeQuant(torch.nn.Module):
                 "train with a smaller learning rate"
             )
         zero = None if self.plain else self.zero.cpu().numpy().astype(np.int16)
+        integers = np.int8 if self.format == "int8" else np.uint8
         return LinearWeight(
             self.format,
-            codes.numpy().astype(np.int8 if self.format == "int8" else np.uint8),
+            np.ascontiguousarray(codes.numpy()).astype(integers),
             scale.numpy().astype(np.float16),
             None,
             self.stored_group,
@@ -236,19 +233,3 @@ class FakeQuantLinear(torch.nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         weight = self.quant().to(inputs.dtype)
         return torch.nn.functional.linear(inputs, weight, self.bias)
-
-
-def freeze_all_but(module: torch.nn.Module, weights: bool, scales: bool, norms: bool) -> None:
-    """Say what learns: latent weights, scales, and the vectors (norms, biases) beside them."""
-    quants = {name for name, m in module.named_modules() if isinstance(m, FakeQuant)}
-    for name, parameter in module.named_parameters():
-        owner, _, last = name.rpartition(".")
-        if owner in quants:
-            parameter.requires_grad_(weights if last == "latent" else scales)
-        else:
-            parameter.requires_grad_(norms and parameter.ndim == 1)
-
-
-def layer_quants(layer: torch.nn.Module) -> dict[str, FakeQuantLinear]:
-    """The matrices in codes, by their names in the module."""
-    return {n: m for n, m in layer.named_modules() if isinstance(m, FakeQuantLinear)}

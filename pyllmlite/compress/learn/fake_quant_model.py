@@ -17,6 +17,7 @@ from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layered_model import LayeredModel
 from pyllmlite.compress.learn.fake_quant import FakeQuant, FakeQuantLinear
+from pyllmlite.compress.learn.token_windows import without_dropout
 from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.model.quantized.tensor import QuantizedTensor
 
@@ -56,7 +57,7 @@ class FakeQuantModel:
         self.view, self.start = view, start
         check_start(view, start)
         layered = LayeredModel(start.source)
-        self.module = layered.fill()
+        self.module = without_dropout(layered.fill())
         self.layers = layered.layers
         self.dtype = {"f32": None, "bf16": torch.bfloat16, "f16": torch.float16}[dtype]
         for index in range(view.source.spec.num_layers):
@@ -68,6 +69,10 @@ class FakeQuantModel:
         for module in self.start.modules(index):
             name = within(module.name, index)
             made = self._codes(module.name)
+            if name not in floats:
+                raise ConfigError(
+                    f"{self.start.source.path}: its {module.name} is no matrix of the float model"
+                )
             weight = self.view.weight(floats[name])
             lean = weight if same_basis(made, weight) else None
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -26,6 +27,7 @@ from pyllmlite.compress.evaluate import PROVENANCE
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layouts import layout_named
 from pyllmlite.compress.learn import require_torch
+from pyllmlite.compress.learn.settings import TrainSettings
 from pyllmlite.compress.quantize import Result, measure, quantize_model
 from pyllmlite.compress.settings import Settings, completed
 from pyllmlite.compress.shard import write_text
@@ -37,6 +39,8 @@ from pyllmlite.model.source import open_model
 
 if TYPE_CHECKING:
     from pyllmlite.compress.learn.fake_quant_model import FakeQuantModel
+
+log = logging.getLogger(__name__)
 
 TOKENS = "tokens.npy"
 KEPT = {"log.jsonl": "training.jsonl", "loss.png": "loss.png"}  # of the run, beside the model
@@ -93,6 +97,8 @@ class QatSettings:
         for name in ("weight_rate", "norm_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.task_weight <= 1:
+            raise ConfigError(f"task_weight must be in [0, 1], got {self.task_weight}")
         if self.seq_len < 2 or self.num_sequences < 1:
             raise ConfigError(
                 f"training needs windows of 2 tokens at least, got {self.num_sequences} of "
@@ -148,13 +154,16 @@ def qat_model(
     started = time.perf_counter()
     tell = note or (lambda text: None)
     source = open_model(model)
-    if source.quantized and not Path(settings.start).is_dir():
-        raise ConfigError(
-            f"{source.path}: its weights are quantized already ({source.stored_dtype}): the float "
-            "model is needed as the teacher; a quantized directory can be the start (--start DIR)"
+    if source.quantized:
+        log.warning(
+            "%s: its weights are quantized already (%s): the teacher is that model; train the "
+            "float one if there is one",
+            source.path,
+            source.stored_dtype,
         )
     view = HFView(source)
     from pyllmlite.compress.learn.fake_quant_model import check_start
+    from pyllmlite.compress.learn.token_windows import check_room
 
     prose = read_text(eval_text) if eval_windows else None
     quantizing = settings.as_quantizing(view.dtype)
@@ -168,6 +177,7 @@ def qat_model(
             f"seq_len {settings.seq_len} is beyond the model's "
             f"{source.spec.max_position_embeddings} positions"
         )
+    check_room(source.spec, 1.0, training_plan(settings, Path(out)))
     identity = {
         **{k: v for k, v in settings.shown().items() if k not in ("save_every", "device")},
         "model": str(source.path),
@@ -179,6 +189,7 @@ def qat_model(
         Path(out), view, layout, complete.dtype, identity, force, restart
     ) as writer:
         tokens = _tokens(writer.scratch, source, settings, tell)
+        writer.keep()
         start = Path(settings.start)
         if not ready:
             start = writer.scratch / "start"
@@ -242,7 +253,6 @@ def train(
     """
     from pyllmlite.compress.layered_model import LayeredModel
     from pyllmlite.compress.learn.fake_quant_model import FakeQuantModel
-    from pyllmlite.compress.learn.settings import TrainSettings
     from pyllmlite.compress.learn.token_windows import BesideTeacher, TokenWindows
     from pyllmlite.compress.learn.trainer import Trainer
 
@@ -254,7 +264,33 @@ def train(
     learning = student.learn(
         weights=settings.weight_rate > 0, scales=True, norms=settings.norm_rate > 0
     )
-    plan = TrainSettings(
+    trainer = Trainer(
+        student.module,
+        BesideTeacher(teacher, settings.task_weight),
+        TokenWindows(tokens, settings.batch_size, settings.seed),
+        training_plan(settings, out),
+        parameter_groups=lambda module: [
+            {"params": group, "lr_ratio": rates[name], "weight_decay": 0.0}
+            for name, group in learning.items()
+        ],
+        progress=progress,
+    )
+    history = trainer.run()
+    student.module.eval()
+    records = [record for record in history if "loss" in record]
+    learned = {name: sum(p.numel() for p in group) for name, group in learning.items()}
+    return student, {
+        "steps": settings.steps,
+        "tokens": int(sum(record.get("tokens", 0) for record in records)),
+        "first_loss": records[0]["loss"],
+        "last_loss": records[-1]["loss"],
+        "learned": learned,
+    }
+
+
+def training_plan(settings: QatSettings, out: Path) -> TrainSettings:
+    """In the trainer's words."""
+    return TrainSettings(
         steps=settings.steps,
         out=out,
         batch_size=settings.batch_size,
@@ -266,28 +302,6 @@ def train(
         save_every=settings.save_every,
         device=settings.device,
     )
-    trainer = Trainer(
-        student.module,
-        BesideTeacher(teacher, settings.task_weight),
-        TokenWindows(tokens, settings.batch_size, settings.seed),
-        plan,
-        parameter_groups=lambda module: [
-            {"params": group, "lr_ratio": rates[name], "weight_decay": 0.0}
-            for name, group in learning.items()
-        ],
-        progress=progress,
-    )
-    history = trainer.run()
-    student.module.eval()
-    records = list(history)
-    learned = {name: sum(p.numel() for p in group) for name, group in learning.items()}
-    return student, {
-        "steps": settings.steps,
-        "tokens": int(sum(record.get("tokens", 0) for record in records)),
-        "first_loss": records[0]["loss"],
-        "last_loss": records[-1]["loss"],
-        "learned": learned,
-    }
 
 
 def _castless(quantizing: Settings, ready: bool) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 import time
@@ -25,6 +26,7 @@ from pyllmlite.compress.learn.kv_sharing import (
     check_heads,
     share_heads,
 )
+from pyllmlite.compress.learn.settings import TrainSettings
 from pyllmlite.compress.place import check_place, locked, publish
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.compress.texts import read_text, windows_of
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     import torch
 
     from pyllmlite.compress.texts import Text
+
+log = logging.getLogger(__name__)
 
 FACTS = "share-kv.json"
 STATE_FOLDER = ".pyllmlite"
@@ -87,6 +91,8 @@ class ShareSettings:
         ):  # fmt: skip
             if value not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not 0 <= self.task_weight <= 1:
+            raise ConfigError(f"task_weight must be in [0, 1], got {self.task_weight}")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be in (0, 1], got {self.share}")
         if self.tokens is None and self.trained_tokens is None:
@@ -141,10 +147,14 @@ def share_kv(
             untouched, and checkpoints that were written are kept.
     """
     require_torch()
+    from pyllmlite.compress.learn.token_windows import check_room
+
     started = time.perf_counter()
     tell = note or (lambda text: None)
     source = open_model(model)
     check_model(source, settings.kv_heads)
+    if settings.steps:
+        check_room(source.spec, 1.0, training_plan(settings, Path(out)))
     out = Path(os.path.abspath(out))
     check_place(out, source.path, force)
     text = read_text(eval_text) if eval_windows else None
@@ -247,9 +257,11 @@ def check_model(source: ModelSource, kv_heads: int) -> None:
             "o_proj (Llama, Mistral, Qwen, Gemma)"
         )
     if source.quantized:
-        raise ConfigError(
-            f"{source.path}: its weights are quantized ({source.stored_dtype}): share the heads of "
-            "the float model, then quantize the result"
+        log.warning(
+            "%s: its weights are quantized already (%s), the result is in floats: share the heads "
+            "of the float model if there is one, then quantize",
+            source.path,
+            source.stored_dtype,
         )
 
 
@@ -257,6 +269,8 @@ def shared_module(teacher: Any, source: ModelSource, settings: ShareSettings) ->
     """transformers' model with fewer KV heads, float32, all of it to be trained."""
     import torch
     import transformers
+
+    from pyllmlite.compress.learn.token_windows import without_dropout
 
     config = copy.deepcopy(teacher.config)
     config.num_key_value_heads = settings.kv_heads
@@ -278,7 +292,7 @@ def shared_module(teacher: Any, source: ModelSource, settings: ShareSettings) ->
             f"({str(error).strip().splitlines()[-1].strip()})"
         ) from None
     module.tie_weights()
-    return module
+    return without_dropout(module)
 
 
 def _attention_names(module: Any, source: ModelSource) -> list[str]:
@@ -338,11 +352,30 @@ def _uptrain(
     out: Path,
     progress: bool,
 ) -> dict[str, Any]:
-    from pyllmlite.compress.learn.settings import TrainSettings
     from pyllmlite.compress.learn.token_windows import BesideTeacher, TokenWindows
     from pyllmlite.compress.learn.trainer import Trainer
 
-    plan = TrainSettings(
+    judge = None if settings.task_weight == 1 else teacher
+    trainer = Trainer(
+        student,
+        BesideTeacher(judge, settings.task_weight),
+        TokenWindows(tokens, settings.batch_size, settings.seed),
+        training_plan(settings, out),
+        progress=progress,
+    )
+    records = [record for record in trainer.run() if "loss" in record]
+    return {
+        "steps": settings.steps,
+        "tokens": int(sum(record["tokens"] for record in records)),
+        "first_loss": records[0]["loss"],
+        "last_loss": records[-1]["loss"],
+        "seconds": sum(record["seconds"] for record in records),
+    }
+
+
+def training_plan(settings: ShareSettings, out: Path) -> TrainSettings:
+    """In the trainer's words."""
+    return TrainSettings(
         steps=settings.steps,
         out=out,
         batch_size=settings.batch_size,
@@ -354,22 +387,6 @@ def _uptrain(
         save_every=settings.save_every,
         device=settings.device,
     )
-    judge = None if settings.task_weight == 1 else teacher
-    trainer = Trainer(
-        student,
-        BesideTeacher(judge, settings.task_weight),
-        TokenWindows(tokens, settings.batch_size, settings.seed),
-        plan,
-        progress=progress,
-    )
-    records = [record for record in trainer.run() if "loss" in record]
-    return {
-        "steps": settings.steps,
-        "tokens": int(sum(record["tokens"] for record in records)),
-        "first_loss": records[0]["loss"],
-        "last_loss": records[-1]["loss"],
-        "seconds": sum(record["seconds"] for record in records),
-    }
 
 
 def _tokens(

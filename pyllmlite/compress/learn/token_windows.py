@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pyllmlite.compress.learn import losses
 from pyllmlite.compress.learn.head import Head, chunked_sum
+from pyllmlite.compress.learn.memory import WEIGHT_BYTES, check_memory
 from pyllmlite.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyllmlite.compress.learn.settings import TrainSettings
+    from pyllmlite.core.spec import ModelSpec
 
 
 class TokenWindows:
@@ -86,6 +93,37 @@ class BesideTeacher:
 
         total, sums = chunked_sum(hidden, loss, head.trained)
         return total, {**sums, "tokens": float(tokens)}
+
+
+def check_room(spec: ModelSpec, trained_share: float, plan: TrainSettings) -> None:
+    """``CapacityError`` before a student and its teacher are loaded, where they will not fit.
+
+    Args:
+        trained_share: Of the weights, those that learn.
+    """
+    from pyllmlite.model.build import available_memory
+    from pyllmlite.model.source import tensor_shapes
+
+    count = sum(math.prod(shape) for shape, _ in tensor_shapes(spec).values())
+    sizes = SimpleNamespace(
+        hidden_size=spec.hidden_size, num_hidden_layers=spec.num_layers,
+        intermediate_size=spec.intermediate_size, vocab_size=spec.vocab_size,
+    )  # fmt: skip
+    check_memory(
+        count, round(trained_share * count), sizes, plan, available_memory(), loaded=False,
+        others=WEIGHT_BYTES * count,
+    )  # fmt: skip
+
+
+def without_dropout(module: Any) -> Any:
+    """The module, for a training in which nothing is dropped at random: it learns one function."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+    return module
 
 
 def mean_losses(

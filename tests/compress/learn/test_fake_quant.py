@@ -9,8 +9,6 @@ from pyllmlite.compress.learn.fake_quant import (
     FakeQuant,
     FakeQuantLinear,
     float16_scale,
-    freeze_all_but,
-    layer_quants,
 )
 from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.core.weights import LinearShape, LinearWeight
@@ -179,21 +177,6 @@ def test_a_rounded_linear_equals_a_plain_one_of_the_same_values():
     assert torch.equal(linear(inputs), plain)
     linear(inputs).sum().backward()
     assert linear.quant.latent.grad.any() and linear.quant.ratio.grad.any()
-
-
-def test_what_learns_can_be_chosen():
-    weight = matrix(rows=8, columns=32)
-    layer = torch.nn.Sequential(
-        torch.nn.LayerNorm(32),
-        FakeQuantLinear(FakeQuant(rtn(weight, 4, 32, True), weight, 4), None),
-        torch.nn.Linear(8, 8),
-    )
-    assert list(layer_quants(layer)) == ["1"]
-    freeze_all_but(layer, weights=False, scales=True, norms=True)
-    learning = {name for name, p in layer.named_parameters() if p.requires_grad}
-    assert learning == {"0.weight", "0.bias", "1.quant.ratio", "2.bias"}
-    freeze_all_but(layer, weights=True, scales=False, norms=False)
-    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"1.quant.latent"}
 
 
 def test_what_cannot_be_trained_is_refused():
