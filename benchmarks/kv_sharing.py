@@ -2,7 +2,7 @@
 
     python benchmarks/kv_sharing.py WORK [--pooling mean,svd] [--grouping consecutive,similar]
 
-A Llama of 9 heads (4 layers, 4.6 M weights) is trained in WORK on nine tenths of Python's own help
+A Llama of 9 heads (4 layers, 1.1 M weights) is trained in WORK on nine tenths of Python's own help
 (``pydoc_data.topics``) with a byte-level BPE made from them.  Then its heads are shared, 9 to 3,
 and it is trained on 5 % of as many tokens of the same text; the last tenth is measured on.  The KV
 bytes are those of the engine's own cache.
@@ -28,7 +28,7 @@ from pyllmlite.compress.learn.token_windows import BesideTeacher, TokenWindows
 from pyllmlite.compress.learn.trainer import Trainer
 from pyllmlite.model.source import open_model
 
-VOCAB, LENGTH, HEADS, SHARED = 2048, 128, 9, 3
+VOCAB, LENGTH, HEADS, HEAD_DIM, SHARED = 1024, 64, 9, 16, 3
 
 
 def texts(work: Path) -> tuple[Path, Path]:
@@ -61,7 +61,7 @@ def multi_head_model(work: Path, train: Path, steps: int, batch: int) -> Path:
     )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HEADS * 32, intermediate_size=768, num_hidden_layers=4,
+        vocab_size=VOCAB, hidden_size=HEADS * HEAD_DIM, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=512,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def multi_head_model(work: Path, train: Path, steps: int, batch: int) -> Path:
     count = len(source.tokenizer().encode(train.read_text(), add_special_tokens=False)) // LENGTH
     tokens = calibration_tokens(source, str(train), count, LENGTH)
     settings = TrainSettings(
-        steps, work / "mha-run", batch, LENGTH, learning_rate=2e-3, weight_decay=0.1, save_every=25
+        steps, work / "mha-run", batch, LENGTH, learning_rate=4e-3, weight_decay=0.1, save_every=25
     )
     (path / "model.safetensors").unlink()
     Trainer(module, BesideTeacher(None), TokenWindows(tokens, batch, 0), settings).run()
@@ -91,9 +91,9 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--pooling", default="mean")
     parser.add_argument("--grouping", default="consecutive")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--task-weight", type=float, default=0.0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

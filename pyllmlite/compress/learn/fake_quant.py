@@ -21,7 +21,10 @@ F16_NORMAL = 2.0**-14  # below it float16 is evenly spaced
 F16_MAX = 65504.0
 LEAST_RATIO = 1 / 16  # a scale does not shrink below this share of what it started from
 RANGES = {"int4": (0, 15), "int8": (-128, 127)}
-NEAR = 0.49  # steps: a latent weight that starts on a code stays this close to it
+# How far latent weights start from the middle of their cells towards the float weights, of the way
+# that is left: at the edge itself every noise of the first gradients would turn them, and undo what
+# error feedback (GPTQ) has chosen.
+LEAN = 0.5
 
 
 def float16_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -121,8 +124,8 @@ class FakeQuant(torch.nn.Module):
     Args:
         made: A quantizer's answer, from which the training starts: int4 or int8 with integer zero
             points.
-        weight: float32 ``[out, in]``, what was quantized.  Latent weights start in the direction
-            of theirs within the cells of their codes, so that the first forward pass gives the
+        weight: float32 ``[out, in]``, what was quantized.  Latent weights start within the cells
+            of their codes, leaning towards it, so that the first forward pass gives the
             quantizer's result and weights that were nearly rounded the other way turn first.
             None: in the middle of the cells.
         bits: Of the codes, where the format could hold more (3 in int4); None: the format's.
@@ -165,7 +168,7 @@ class FakeQuant(torch.nn.Module):
         if weight is not None:
             scale = torch.where(start == 0, torch.ones_like(start), start)
             wanted = _folded(torch.from_numpy(weight), self.group_size) / scale[:, :, None]
-            levels += (wanted - levels).clamp_(-NEAR, NEAR)
+            levels += LEAN * (wanted - levels).clamp_(-0.5, 0.5)
         self.latent = torch.nn.Parameter(_flat(levels, columns).contiguous())
         self.ratio = torch.nn.Parameter(torch.ones_like(start))
 

@@ -83,10 +83,13 @@ def test_latent_weights_lean_to_the_weights_they_came_from():
     made.values[0, 0] = min(made.values[0, 0] + 2, 15)  # as GPTQ may: another than the nearest
     quant = FakeQuant(made, weight, 4)
     assert np.array_equal(quant().detach().numpy(), made.float32())
-    step = quant.start[:, :1].numpy()
-    back = quant.latent.detach().numpy()[:, :64] * step
-    nearest = np.abs(back - weight[:, :64]) / step
-    assert nearest[1:].max() < 0.02 and 0.5 < nearest[0, 0] < 2.5
+    zero = np.repeat(made.zero_points, 64, axis=1)[:, :72]
+    scale = np.repeat(made.scales.astype(np.float32), 64, axis=1)[:, :72]
+    middle = made.values.astype(np.float32) - zero
+    lean = np.clip(weight / scale - middle, -0.5, 0.5) / 2
+    assert np.allclose(quant.latent.detach().numpy(), middle + lean, atol=1e-5)
+    assert abs(lean[0, 0]) == 0.25 and 0 < np.abs(lean).mean() < 0.2
+    assert np.array_equal(FakeQuant(made, None, 4).latent.detach().numpy(), middle)
 
 
 def composed(latent, ratio, start, zero, low, high, group):
