@@ -175,6 +175,8 @@ def distill(
     result = run(
         teacher, student, out, settings, force=force, restart=restart, threads=threads, say=_say
     )
+    if not result.first:
+        return
     if json:
         print_json({"path": str(result.path), **result.facts})
         return

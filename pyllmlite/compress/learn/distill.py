@@ -34,7 +34,7 @@ from pyllmlite.compress.learn.student import (
     num_weights,
     parse_cut,
 )
-from pyllmlite.compress.learn.teacher_text import TextSettings, TextStats, write_teacher_text
+from pyllmlite.compress.learn.teacher_text import TextStats, write_teacher_text
 from pyllmlite.compress.place import check_place, locked, publish
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.core.errors import ConfigError, ModelError
@@ -50,10 +50,15 @@ _NARROW_TEXTS = 64  # records whose activations say what is used
 
 @dataclass
 class Result:
-    """Where it lies and what ``distill.json`` says (``text``: of the text alone)."""
+    """Where it lies and what ``distill.json`` says (``text``: of the text alone).
+
+    Attributes:
+        first: In this process, of several: the one that speaks.
+    """
 
     path: Path
     facts: dict[str, Any]
+    first: bool = True
 
 
 def distill(
@@ -64,7 +69,7 @@ def distill(
     force: bool = False,
     restart: bool = False,
     threads: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] | None = None,
     progress: bool = True,
 ) -> Result:
     """Distill a teacher into a student.
@@ -98,13 +103,18 @@ def distill(
             check_vocabularies(source, given)
         else:
             given = given.completed(source.spec)
+        if settings.mode == "logits" and settings.top_k > source.spec.vocab_size:
+            raise ConfigError(
+                f"top_k is {settings.top_k}, the vocabulary has {source.spec.vocab_size} tokens"
+            )
         _check_size(source, given, settings)
         seq_len, positions = settings.train_settings("", 1).seq_len, _positions(source, given)
         if seq_len > positions:
             raise ConfigError(f"seq_len {seq_len} is more than the models' {positions} positions")
     processes = Processes(settings.train.get("device") or "auto")
     try:
-        run = _Run(source, teacher or str(source.path), student, settings, work, threads, say)
+        speaks = say if say is not None and processes.first else _silent
+        run = _Run(source, teacher or str(source.path), student, settings, work, threads, speaks)
         run.shown = progress and processes.first
         return run.all(given, processes, force, restart)
     finally:
@@ -193,7 +203,7 @@ class _Run:
         header, records = read_records(data, self.source.spec.vocab_size)
         text = asdict(TextStats.of(records))
         if self.settings.mode == "text":
-            return self._finish_text(text)
+            return self._finish_text(text, processes)
         return self._learn(given, records, sha256_of(data), text, processes)
 
     # -- the teacher's text --------------------------------------------------------------------
@@ -207,9 +217,12 @@ class _Run:
         from pyllmlite.engine.llm import LLM
 
         text = self.settings.text
-        options = {"max_model_len": _prompt_room(self.source, text), "threads": self.threads}
-        llm = LLM(str(self.source.path), **{**options, **self.settings.teacher_options})
-        self.say(f"the teacher writes: {path}")
+        options = {"max_model_len": self._room(), "threads": self.threads}
+
+        def open_teacher() -> LLM:
+            self.say(f"the teacher writes: {path}")
+            return LLM(str(self.source.path), **{**options, **self.settings.teacher_options})
+
         bar: list[Progress] = []
 
         def count(done: int, total: int) -> None:
@@ -218,19 +231,28 @@ class _Run:
             bar[0].update(done)
 
         try:
-            records = write_teacher_text(llm, self.teacher, path, text, count)
+            records = write_teacher_text(
+                open_teacher, self.teacher, path, text, self.settings.teacher_options, count
+            )
         finally:
             for one in bar:
                 one.close()
         self.say(str(TextStats.of(records)))
         return path
 
-    def _finish_text(self, text: dict[str, Any]) -> Result:
-        os.replace(self.work.folder / DATA, self.work.partial / DATA)
-        self.work.close()
-        shutil.rmtree(self.work.folder)
-        publish(self.work.partial, self.work.out)
-        return Result(self.work.out, {"text": text})
+    def _room(self) -> int:
+        """``max_model_len`` of the teacher while it writes: prompts that training would look at, of
+        1,024 tokens where there is no training."""
+        prompt = 1024 if self.settings.mode == "text" else max(1024, self.seq_len)
+        return min(self.source.spec.max_position_embeddings, prompt + self.settings.text.max_tokens)
+
+    def _finish_text(self, text: dict[str, Any], processes: Processes) -> Result:
+        if processes.first:
+            os.replace(self.work.folder / DATA, self.work.partial / DATA)
+            self.work.close()
+            shutil.rmtree(self.work.folder)
+            publish(self.work.partial, self.work.out)
+        return Result(self.work.out, {"text": text}, processes.first)
 
     # -- the student ---------------------------------------------------------------------------
     def _learn(
@@ -299,7 +321,7 @@ class _Run:
         if processes.first:
             self._publish(module, given, facts)
         processes.barrier()
-        return Result(self.work.out, facts)
+        return Result(self.work.out, facts, processes.first)
 
     def _logits(self, records: list[Record], sha256: str, processes: Processes) -> tuple[Any, Any]:
         if self.settings.mode != "logits":
@@ -314,9 +336,8 @@ class _Run:
         if processes.first:
             self.say("the teacher's distributions are read")
             bar = Progress(len(records), 0, "answer", self.shown)
-            built = self._scorer()
             try:
-                stats = topk.write(built, lambda done, total: bar.update(done))
+                stats = topk.write(self._scorer, lambda done, total: bar.update(done))
             finally:
                 bar.close()
             self.say(str(stats))
@@ -357,7 +378,8 @@ class _Run:
         teacher = load_module(self.source).to(processes.device).eval()
         return objectives.OnPolicy(
             teacher, **words, share=settings.share,
-            max_tokens=min(settings.text.max_tokens, self.seq_len),
+            max_tokens=settings.text.max_tokens,
+            seq_len=self.seq_len,
             sampling_temperature=settings.text.temperature, eos=self.source.spec.eos_token_ids,
             seed=settings.train_settings("", 1).seed,
         )  # fmt: skip
@@ -448,9 +470,8 @@ def _positions(source: ModelSource, given: ModelSource | Cut) -> int:
     return min(one.spec.max_position_embeddings for one in both)
 
 
-def _prompt_room(source: ModelSource, text: TextSettings) -> int:
-    """``max_model_len`` of the teacher while it writes: prompts of up to 1,024 tokens."""
-    return min(source.spec.max_position_embeddings, 1024 + text.max_tokens)
+def _silent(text: str) -> None:
+    pass
 
 
 def _score(record: dict[str, Any]) -> dict[str, Any] | None:

@@ -75,7 +75,8 @@ class OnPolicy:
         teacher: transformers' model, frozen, on the student's device.
         direction: As in :class:`LogitDistillation`; GKD's case is ``reverse``.
         share: Part of the micro-batches that the student writes; the others are the teacher's.
-        max_tokens: The student writes at most.
+        max_tokens: The student writes at most; fewer where prompt and answer would come to more
+            than ``seq_len``, if that is given.
         sampling_temperature: It writes at this temperature.
         eos: Tokens that end an answer.
         seed: With the batch's index it decides who writes.
@@ -89,6 +90,7 @@ class OnPolicy:
         task_weight: float = 0.0,
         share: float = 1.0,
         max_tokens: int = 64,
+        seq_len: int | None = None,
         sampling_temperature: float = 1.0,
         eos: tuple[int, ...] = (),
         seed: int = 0,
@@ -98,15 +100,18 @@ class OnPolicy:
         self.parts = directions(direction)
         self.share, self.max_tokens, self.eos, self.seed = share, max_tokens, eos, seed
         self.sampling_temperature = sampling_temperature
+        self.seq_len = seq_len
 
     def __call__(self, module: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, float]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch["index"])
         own = float(torch.rand((), generator=generator)) < self.share
         more: dict[str, Any] = {}
         if own:
-            written = sample(
-                module, batch["prompts"], self.max_tokens, self.sampling_temperature, self.eos
-            )
+            room = self.max_tokens
+            if self.seq_len is not None:
+                longest = max(len(ids) for ids in batch["prompts"])
+                room = max(1, min(room, self.seq_len + 1 - longest))
+            written = sample(module, batch["prompts"], room, self.sampling_temperature, self.eos)
             batch, more = written.batch, written.arguments
         head, judge = Head(module), Head(self.teacher)
         hidden, targets = _at_targets(head, batch, **more)

@@ -10,6 +10,7 @@ from pyllmlite.compress.learn.history import History
 
 NAME = "loss.png"
 _SMOOTH = 0.95  # of the running mean
+_DRAWN = ("kl", "loss", "cross_entropy")  # what of the evaluated has the loss's unit
 
 
 def draw_loss(history: History, path: str | Path | None = None) -> Path | None:
@@ -20,7 +21,8 @@ def draw_loss(history: History, path: str | Path | None = None) -> Path | None:
     Returns:
         The file; None: matplotlib is not installed, or nothing was logged.
     """
-    if not history.records or importlib.util.find_spec("matplotlib") is None:
+    logged = history.values("loss")
+    if not logged or importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib
 
@@ -30,11 +32,11 @@ def draw_loss(history: History, path: str | Path | None = None) -> Path | None:
     target = history.out / NAME if path is None else Path(path)
     figure: Any
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    steps, losses = zip(*history.values("loss"), strict=True)
+    steps, losses = zip(*logged, strict=True)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
     axes.plot(steps, _running_mean(losses), color="tab:blue", label="training loss")
     names = dict.fromkeys(k for r in history.records for k in r if k.startswith("eval_"))
-    for name in names:
+    for name in [n for n in names if n.endswith(_DRAWN)]:
         at, values = zip(*history.values(name), strict=True)
         axes.plot(at, values, marker="o", markersize=3, label=name.removeprefix("eval_"))
     if min(losses) > 0:

@@ -196,23 +196,28 @@ class TopKLogits:
     def shards(self) -> int:
         return -(-len(self.records) // SHARD)
 
-    def write(self, built: Built, progress: Callable[[int, int], None] | None = None) -> TopKStats:
+    def write(
+        self,
+        open_teacher: Callable[[], Built],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TopKStats:
         """Read what is missing from the teacher.
 
+        Args:
+            open_teacher: Of :func:`open_scorer`; not called where nothing is missing.
+            progress: Called with records read and records in all.
         Raises:
             ConfigError: The directory holds distributions of other text or settings.
             ModelError: The disk is full; logits that are not finite.
         """
-        if self.k > built.spec.vocab_size:
-            raise ConfigError(
-                f"top_k is {self.k}, the vocabulary has {built.spec.vocab_size} tokens"
-            )
         self._claim()
+        built: Built | None = None
         for shard in range(self.shards):
             if progress is not None:
                 progress(shard * SHARD, len(self.records))
             if self._path(shard).exists():
                 continue
+            built = built or open_teacher()
             part = self.records[shard * SHARD : (shard + 1) * SHARD]
             sequences = [predicted_tokens(record, self.seq_len) for record in part]
             chosen = [i for i, (_, count) in enumerate(sequences) if count and not part[i].dropped]

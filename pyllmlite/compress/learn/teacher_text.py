@@ -8,6 +8,7 @@ its own, so that its tokens depend on nothing that was written before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -150,7 +151,7 @@ class Prompts:
         self.llm, self.settings = llm, settings
         self.tokenizer = llm.get_tokenizer()
         self.chat = settings.chat and llm.has_chat_template
-        self.given = None if settings.prompts == SELF else read_prompts(settings.prompts)
+        self.given = given_prompts(settings)
         if self.given is not None and not self.chat:
             lists = [p for p in self.given if not isinstance(p, str)]
             if lists:
@@ -158,9 +159,7 @@ class Prompts:
                     f"{settings.prompts}: has messages, and the teacher has no chat template; give "
                     "prompts as text"
                 )
-        self.count = settings.num_sequences or (
-            DEFAULT_SEQUENCES if self.given is None else len(self.given)
-        )
+        self._plain: np.ndarray | None = None
 
     def make(self, first: int, last: int) -> list[tuple[int, str, list[int]]]:
         """Prompts ``first`` to ``last - 1``."""
@@ -170,12 +169,13 @@ class Prompts:
         if self.chat:
             turns = self._users(first, last)
             return [(-1, *self._rendered(turn)) if turn else (-1, "", []) for turn in turns]
-        special = set(self.tokenizer.all_special_ids)
-        plain = [i for i in range(len(self.tokenizer)) if i not in special]
-        bos = self.tokenizer.encode("", add_special_tokens=True)[:1]
+        if self._plain is None:
+            special = set(self.tokenizer.all_special_ids)
+            self._plain = np.array([i for i in range(len(self.tokenizer)) if i not in special])
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         made = []
         for i in range(first, last):
-            token = int(np.random.default_rng((self.settings.seed, i)).choice(plain))
+            token = int(np.random.default_rng((self.settings.seed, i)).choice(self._plain))
             ids = [*bos, token]
             made.append((-1, self.tokenizer.decode(ids, skip_special_tokens=False), ids))
         return made
@@ -214,35 +214,47 @@ class Prompts:
         return [turn.text.strip() if turn.finish_reason == "stop" else "" for turn in turns]
 
 
+def given_prompts(settings: TextSettings) -> list[Any] | None:
+    """Prompts of the file; None: the teacher writes them."""
+    return None if settings.prompts == SELF else read_prompts(settings.prompts)
+
+
 def write_teacher_text(
-    llm: LLM,
+    open_teacher: Callable[[], LLM],
     teacher: str,
     path: Path,
     settings: TextSettings,
+    options: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
     """Write a file of records, or what it lacks.
 
     Args:
-        teacher: What the header calls it.
+        open_teacher: Gives the engine; not called where the file is complete.
+        teacher, options: What the header calls it, and how it was loaded.
         progress: Called with records written and records in all.
     Raises:
         ConfigError: Prompts that cannot be read; a file of other settings; nothing was kept.
     """
-    prompts = Prompts(llm, settings)
-    deciding = {"teacher": teacher, **asdict(settings)}
-    if prompts.given is not None:
-        deciding["prompts_count"] = len(prompts.given)
-    file = RecordFile(path, deciding, prompts.count)
-    wave = WAVES * llm.built.max_num_seqs
+    given = given_prompts(settings)
+    count = settings.num_sequences or (DEFAULT_SEQUENCES if given is None else len(given))
+    deciding = {"teacher": teacher, "teacher_options": options or {}, **asdict(settings)}
+    if given is not None:
+        text = json.dumps(given, ensure_ascii=True).encode()
+        deciding["prompts_sha256"] = hashlib.sha256(text).hexdigest()
+    file = RecordFile(path, deciding, count)
     try:
+        if not file.complete:
+            llm = open_teacher()
+            prompts = Prompts(llm, settings)
+            wave = WAVES * llm.built.max_num_seqs
         while not file.complete:
             first = len(file.records)
             if progress is not None:
-                progress(first, prompts.count)
-            file.add(_answers(llm, prompts, first, min(first + wave, prompts.count), settings))
+                progress(first, count)
+            file.add(_answers(llm, prompts, first, min(first + wave, count), settings))
         if progress is not None:
-            progress(prompts.count, prompts.count)
+            progress(count, count)
     finally:
         file.close()
     if not any(not record.dropped for record in file.records):

@@ -8,6 +8,7 @@ their index, and torch's random numbers are seeded by (seed, micro-batch) before
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -118,11 +119,9 @@ class Trainer:
         self.model.to(processes.device)
         processes.broadcast([*self.model.parameters(), *self.model.buffers()])
         optimizer = self._optimizer()
-        identity = {
-            **settings.deciding(),
-            **self._identity,
-            "processes": processes.size,
-        }
+        identity = json.loads(
+            json.dumps({**settings.deciding(), **self._identity, "processes": processes.size})
+        )
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

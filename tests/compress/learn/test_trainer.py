@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -131,6 +132,23 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
+def test_ctrl_c_ends_behind_the_step_with_a_checkpoint(tmp_path):
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        pytest.skip("Ctrl-C is somebody else's here")
+
+    def interrupted(module, batch):
+        if batch["index"] == 4:
+            signal.raise_signal(signal.SIGINT)
+        return objective(module, batch)
+
+    whole, _ = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", use=interrupted)
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 5
+    resumed, _ = train(tmp_path / "cut")
+    assert same(whole, resumed)
+
+
 def test_nan_ends_in_one_line_with_the_last_good_checkpoint_kept(tmp_path):
     def broken(module, batch):
         loss, metrics = objective(module, batch)
@@ -151,8 +169,13 @@ def test_nan_ends_in_one_line_with_the_last_good_checkpoint_kept(tmp_path):
 
 
 def test_nan_before_the_first_checkpoint(tmp_path):
+    broken = Trainer(
+        Net(), lambda m, b: (objective(m, b)[0] * math.inf, {}), Data(), settings(tmp_path),
+        progress=False, evaluate=lambda module: {"kl": 1.0},
+    )  # fmt: skip
     with pytest.raises(DivergedError, match="no checkpoint had been written"):
-        train(tmp_path, use=lambda m, b: (objective(m, b)[0] * math.inf, {}))
+        broken.run()
+    assert not (tmp_path / "loss.png").exists()  # there is no loss to draw
 
 
 def test_other_settings_are_not_gone_on_with(tmp_path):
