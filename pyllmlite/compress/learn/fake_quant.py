@@ -184,6 +184,12 @@ class FakeQuant(torch.nn.Module):
             )
         return low, high
 
+    @property
+    def symmetric(self) -> bool:
+        """All zero points are the middle of the codes."""
+        middle = 0 if self.format == "int8" else 1 << (self.bits - 1)
+        return bool((self.zero == middle).all())
+
     def forward(self) -> torch.Tensor:
         """The matrix that the codes stand for."""
         return _Rounding.apply(

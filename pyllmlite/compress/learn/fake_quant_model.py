@@ -6,6 +6,7 @@ which AWQ may have folded scales.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,13 @@ class FakeQuantModel:
         if parametrize.is_parametrized(part):
             own += [one.original for one in part.parametrizations.values()]
         return own
+
+    def format(self) -> dict[str, Any]:
+        """Group size and symmetry of most matrices, as the start has them."""
+        quants = [m for m in self.module.modules() if isinstance(m, FakeQuant)]
+        kinds = Counter((quant.stored_group, quant.symmetric) for quant in quants)
+        (group_size, symmetric), _ = kinds.most_common(1)[0]
+        return {"group_size": group_size, "symmetric": symmetric}
 
     # -- the way back ----------------------------------------------------------------------
     def results(self) -> Iterator[LayerResult]:

@@ -26,7 +26,7 @@ from pyllmlite.compress.card import model_card, provenance
 from pyllmlite.compress.evaluate import PROVENANCE
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layouts import layout_named
-from pyllmlite.compress.learn import require_torch
+from pyllmlite.compress.learn import one_process, require_torch
 from pyllmlite.compress.learn.settings import TrainSettings
 from pyllmlite.compress.quantize import Result, measure, quantize_model
 from pyllmlite.compress.settings import Settings, completed
@@ -151,6 +151,7 @@ def qat_model(
             ``out`` is untouched, and checkpoints that were written are kept.
     """
     require_torch()
+    one_process("qat")
     started = time.perf_counter()
     tell = note or (lambda text: None)
     source = open_model(model)
@@ -200,6 +201,9 @@ def qat_model(
             view, HFView(open_model(str(start))), settings, complete.dtype, tokens,
             writer.scratch / "train", tell, progress,
         )  # fmt: skip
+        made = {"layout": complete.layout, "dtype": complete.dtype, **student.format()}
+        if ready:
+            made["start"] = start.resolve().name
         tell("writing")
         for result in student.results():
             if writer.done(result.index) is None:
@@ -217,7 +221,7 @@ def qat_model(
         facts = provenance(
             source.path.name if local else model or DEFAULT_MODEL,
             os.path.relpath(source.path, writer.out) if local else None,
-            {**settings.shown(), "layout": complete.layout, "dtype": complete.dtype},
+            {**settings.shown(), **made},
             {"text": settings.text, "num_sequences": settings.num_sequences,
              "seq_len": settings.seq_len, "seed": settings.seed,
              "sha256": _sha256(settings.text)},

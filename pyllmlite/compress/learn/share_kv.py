@@ -18,7 +18,7 @@ import numpy as np
 from pyllmlite._version import __version__
 from pyllmlite.compress.calibration import SELF, calibration_tokens
 from pyllmlite.compress.layered_model import LayeredModel
-from pyllmlite.compress.learn import require_torch
+from pyllmlite.compress.learn import one_process, require_torch
 from pyllmlite.compress.learn.kv_sharing import (
     GROUPINGS,
     POOLINGS,
@@ -147,6 +147,7 @@ def share_kv(
             untouched, and checkpoints that were written are kept.
     """
     require_torch()
+    one_process("share-kv")
     from pyllmlite.compress.learn.token_windows import check_room
 
     started = time.perf_counter()

@@ -67,6 +67,8 @@ def test_from_a_model_to_a_directory(model, tmp_path, start, bits, symmetric, la
     facts = json.loads((result.path / "quantize.json").read_text())
     assert facts["settings"]["method"] == "qat" and facts["training"]["steps"] == 4
     assert facts["training"]["learned"]["latent"] == 2 * (4 * 64 * 64 - 2 * 32 * 64 + 3 * 64 * 128)
+    assert facts["settings"]["symmetric"] == symmetric
+    assert facts["settings"]["group_size"] == (0 if bits == 8 else 32)
     assert facts["measured"]["kl"] >= 0 and (result.path / "training.jsonl").is_file()
     stored = open_model(str(result.path))
     assert stored.quantized and not (tmp_path / "out.partial").exists()
@@ -213,6 +215,12 @@ def test_a_start_of_another_model_is_refused(model, tmp_path):
                   eval_windows=0, progress=False)  # fmt: skip
     with pytest.raises(ConfigError, match="is not in codes"):
         FakeQuantModel(HFView(open_model(str(model))), HFView(open_model(str(model))), 4, "f32")
+
+
+def test_several_processes_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="qat trains in one process"):
+        qat_model(str(model), tmp_path / "out", QatSettings(**QUICK))
 
 
 def test_a_loss_that_is_no_number_ends_the_run(model, tmp_path):
