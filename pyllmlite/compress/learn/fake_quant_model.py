@@ -153,10 +153,10 @@ class FakeQuantModel:
                         raise ModelError(f"{prefix}{name}: {error}") from None
             for module in self.view.modules(index):
                 weight = self.view.weight(module)
-                error = linears[module.name].float32() - weight
+                off = linears[module.name].float32() - weight
                 size = float(np.square(weight, dtype=np.float64).sum())
                 loss[within(module.name, index)] = float(
-                    np.square(error, dtype=np.float64).sum()
+                    np.square(off, dtype=np.float64).sum()
                 ) / max(size, 1e-300)
             changed = {
                 prefix + name: value
