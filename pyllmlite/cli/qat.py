@@ -63,7 +63,7 @@ def qat(
     weight_rate: Annotated[
         float,
         typer.Option(help="Of the weights, in steps of the grid, times --lr; 0: they stay."),
-    ] = 10.0,
+    ] = 5.0,
     norm_rate: Annotated[
         float, typer.Option(help="Of norms and biases, times --lr; 0: they stay.")
     ] = 0.3,

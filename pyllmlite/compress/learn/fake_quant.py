@@ -20,11 +20,8 @@ F16_LEAST = 2.0**-24  # the smallest float16 above zero
 F16_NORMAL = 2.0**-14  # below it float16 is evenly spaced
 F16_MAX = 65504.0
 LEAST_RATIO = 1 / 16  # a scale does not shrink below this share of what it started from
+NEAR = 0.49  # steps: a latent weight that starts in a cell stays this close to its middle
 RANGES = {"int4": (0, 15), "int8": (-128, 127)}
-# How far latent weights start from the middle of their cells towards the float weights, of the way
-# that is left: at the edge itself every noise of the first gradients would turn them, and undo what
-# error feedback (GPTQ) has chosen.
-LEAN = 0.5
 
 
 def float16_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -115,6 +112,22 @@ def _flat(values: torch.Tensor, columns: int) -> torch.Tensor:
     return values.reshape(values.shape[0], -1)[:, :columns]
 
 
+def leaning(distance: torch.Tensor) -> torch.Tensor:
+    """Where latent weights start within their cells, in steps from the middle.
+
+    Args:
+        distance: Of the float weights from the middle, in steps.
+
+    A weight that was rounded to the nearest code starts where it was.  One that error feedback put
+    a code further starts as far behind the edge as the float weight lies before it.  So starts are
+    spread over the cells, and codes turn one after another, each step answering to those that have
+    turned; were many at one place (at the edge, or near the middle), all would turn at once.
+    """
+    size = distance.abs()
+    inside = torch.where(size <= 0.5, size, (1 - size).clamp(0, 0.5)) * (2 * NEAR)
+    return torch.copysign(inside, distance)
+
+
 class FakeQuant(torch.nn.Module):
     """A matrix ``[out, in]`` in codes that can be trained.
 
@@ -168,7 +181,7 @@ class FakeQuant(torch.nn.Module):
         if weight is not None:
             scale = torch.where(start == 0, torch.ones_like(start), start)
             wanted = _folded(torch.from_numpy(weight), self.group_size) / scale[:, :, None]
-            levels += LEAN * (wanted - levels).clamp_(-0.5, 0.5)
+            levels += leaning(wanted - levels)
         self.latent = torch.nn.Parameter(_flat(levels, columns).contiguous())
         self.ratio = torch.nn.Parameter(torch.ones_like(start))
 

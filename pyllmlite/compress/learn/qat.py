@@ -83,7 +83,7 @@ class QatSettings:
     batch_size: int = 8
     grad_accumulation: int = 1
     learning_rate: float = 1e-3
-    weight_rate: float = 10.0
+    weight_rate: float = 5.0
     norm_rate: float = 0.3
     task_weight: float = 0.0
     precision: str = "float32"
