@@ -18,9 +18,11 @@ from pyllmlite.cli import (
     new_plugin,
     plan,
     pull,
+    qat,
     quantize,
     serve,
     serve_sim,
+    share_kv,
 )
 
 app = typer.Typer(
@@ -38,6 +40,8 @@ app.command()(info.info)
 app.command()(info.plugins)
 app.command()(explain.explain)
 app.command()(quantize.quantize)
+app.command()(qat.qat)
+app.command("share-kv")(share_kv.share_kv)
 app.command()(distill.distill)
 app.command()(serve.serve)
 app.command("eval")(eval.evaluate)

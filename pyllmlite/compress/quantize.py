@@ -115,7 +115,9 @@ def quantize_model(
         partial = writer.finish(watcher.note)
         measured = None
         if prose is not None:
-            measured = _measure(model, partial, prose, eval_windows, eval_length, threads, watcher)
+            measured = measure(
+                model, partial, prose, eval_windows, eval_length, threads, watcher.note
+            )
         local = model is not None and Path(model).expanduser().exists()
         facts = provenance(
             source.path.name if local else model or DEFAULT_MODEL,
@@ -216,14 +218,14 @@ def _say_what_is_not_used(settings: Settings, calibrated: bool) -> None:
 
 
 # -- the end -----------------------------------------------------------------------------------
-def _measure(
+def measure(
     model: str | None,
     partial: Path,
     text: Text,
     windows: int,
     length: int,
     threads: int | None,
-    watcher: Watcher,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Loss of the written directory, beside the model that it was made from."""
     source: ModelSource = open_model(partial)
@@ -236,7 +238,7 @@ def _measure(
         weights_only=True,
         speed=False,
         threads=threads,
-        progress=lambda what, done, total: watcher.note(f"measuring the loss: {what}"),
+        progress=lambda what, done, total: note(f"measuring the loss: {what}"),
     )
     row = report.rows[0]
     return {

@@ -117,6 +117,10 @@ class DirectoryWriter:
         """A folder for what a run that goes on needs again; it goes away at the end."""
         return self.partial / STATE_FOLDER
 
+    def keep(self) -> None:
+        """What stands in :attr:`scratch` is worth going on from, though no layer is complete."""
+        self._fresh = False
+
     # -- layers --------------------------------------------------------------------------------
     def done(self, index: int) -> LayerResult | None:
         """A layer that is written already, as it is read back: the same values; None: it is not."""
@@ -250,7 +254,9 @@ class DirectoryWriter:
         for path in list(self.partial.iterdir()):
             if path.name == STATE_FOLDER:
                 for inner in path.iterdir():
-                    if inner.name != "lock":
+                    if inner.is_dir():
+                        shutil.rmtree(inner)
+                    elif inner.name != "lock":
                         inner.unlink()
             elif path.is_dir():
                 shutil.rmtree(path)
