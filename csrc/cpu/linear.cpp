@@ -523,6 +523,7 @@ void set_layout(LinearState* s) {
     s->segment_bytes = row.segment * (w.format == WeightFormat::INT8 ? 16 : 8);
     const int64_t target = spec.int8_activations ? 1024 : 256;
     s->k_block = row.segment * (row.segment < target ? target / row.segment : 1);
+    if (row.pairs) s->k_block = round_up(s->k_block, 2 * row.segment);
   }
   const int64_t arrays = row.num_segments * 4;
   row.scale_at = round_up((k + 16) * value_bytes(row.type), 64);

@@ -1,7 +1,8 @@
 // Tile kernels of INT8 and INT4 weights with int8 rows, for the sets with vectors of 256 bits:
 // AVX2, which multiplies bytes into sums of 16 bits, and AVX-VNNI, which does so into 32 bits.
 //
-// The sums are exact integers and meet the output as in linear_quant.cpp: the same bits.
+// The sums are exact integers and meet the output as in linear_quant.cpp: the same bits, but where
+// two segments share the weight's scale, which are added one by one here.
 // A tile is one panel wide: both its halves, of 8 weight rows, use the broadcast of a row's codes.
 
 #include "linear_segments.h"

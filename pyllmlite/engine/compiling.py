@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
     from pyllmlite.core.sampling import SamplingParams
 
-# Seconds that a grammar may take.
+# Seconds that a grammar may take, from its turn on.
 TIMEOUT = 10.0
-THREADS = 2
+# It waits for its turn at most so many times as long.
+PATIENCE = 6
+# At work at once; one whose grammar takes longer than it may cannot be stopped, and is replaced.
+THREADS, MOST_THREADS = 2, 8
 
 
 class Compiler:
@@ -32,7 +35,7 @@ class Compiler:
     Args:
         constraints: Of the engine.
         notify: Called, from a thread, when there is something to :meth:`take`.
-        timeout: Seconds, from being submitted on.
+        timeout: Seconds, from its turn on.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Compiler:
         self._constraints = [c for c in constraints if type(c).compile is not Constraint.compile]
         self._notify = notify
         self._timeout = timeout
+        self._lock = threading.Lock()  # of the two that follow
         self._deadlines: dict[str, float] = {}
+        self._running: set[str] = set()
         self._asked: queue.SimpleQueue[tuple[str, SamplingParams]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -56,17 +61,16 @@ class Compiler:
 
     def submit(self, id: str, params: SamplingParams) -> None:
         """Compile what the request needs."""
-        self._deadlines[id] = time.monotonic() + self._timeout
+        with self._lock:
+            self._deadlines[id] = time.monotonic() + PATIENCE * self._timeout
         self._asked.put((id, params))
         if len(self._threads) < THREADS:
-            # A daemon, so that one that hangs does not keep the process.
-            thread = threading.Thread(target=self._work, name="compiler", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._start_thread()
 
     def cancel(self, id: str) -> bool:
         """Nobody waits for it any more.  False: it is not being compiled."""
-        return self._deadlines.pop(id, None) is not None
+        with self._lock:
+            return self._deadlines.pop(id, None) is not None
 
     def take(self) -> list[tuple[str, PyllmliteError | None]]:
         """Requests that are done, with what is wrong with them, and those whose time is up."""
@@ -83,23 +87,41 @@ class Compiler:
             else:
                 found.append((id, RequestError(failure("the constraint", error))))
         now = time.monotonic()
-        for id in [id for id, deadline in self._deadlines.items() if deadline <= now]:
-            del self._deadlines[id]
+        with self._lock:
+            late = [(id, id in self._running) for id, end in self._deadlines.items() if end <= now]
+            for id, _ in late:
+                del self._deadlines[id]
+        for id, began in late:
             message = f"the constraint was not compiled within {self._timeout:g} s: simplify it"
+            if not began:
+                message = "too many constraints are being compiled: try again later"
+            elif len(self._threads) < MOST_THREADS:
+                self._start_thread()
             found.append((id, RequestError(message)))
         return found
 
     def wait_seconds(self) -> float | None:
         """Until the next time-out; None: nothing is being compiled."""
-        if not self._deadlines:
-            return None
-        return max(min(self._deadlines.values()) - time.monotonic(), 0.0)
+        with self._lock:
+            if not self._deadlines:
+                return None
+            return max(min(self._deadlines.values()) - time.monotonic(), 0.0)
+
+    def _start_thread(self) -> None:
+        # A daemon, so that one that hangs does not keep the process.
+        thread = threading.Thread(target=self._work, name="compiler", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _work(self) -> None:
         while True:
             id, params = self._asked.get()
-            if id not in self._deadlines:
-                continue
+            with self._lock:
+                if id not in self._deadlines:
+                    continue
+                self._deadlines[id] = time.monotonic() + self._timeout
+                self._running.add(id)
+            self._notify()  # the next time-out is another one now
             error: Exception | None = None
             try:
                 for constraint in self._constraints:
@@ -107,6 +129,8 @@ class Compiler:
                         constraint.compile(params)
             except Exception as raised:
                 error = raised
+            with self._lock:
+                self._running.discard(id)
             self._done.put((id, error))
             self._notify()
 

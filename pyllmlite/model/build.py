@@ -360,6 +360,12 @@ def _asked_length(config: EngineConfig, spec: ModelSpec) -> int:
         raise ConfigError(why)
     if not config.attention_sinks:
         raise ConfigError(f"{why}; with sliding_window and attention_sinks it can go on")
+    scalings = [(layer.rope.scaling or {}) for layer in spec.layers if layer.rope is not None]
+    if any(scaling.get("rope_type") == "dynamic" for scaling in scalings):
+        raise ConfigError(
+            f"{why}, and with rope_type 'dynamic' a key's rotation would change with the length: "
+            "attention sinks cannot go on there"
+        )
     furthest = max((layer.window or asked) + layer.sinks for layer in spec.layers)
     if furthest > known:
         raise ConfigError(

@@ -108,6 +108,24 @@ def test_rows_do_not_feel_their_neighbours(fmt, group, mins, int8):
         assert np.array_equal(alone.view(np.uint32), together[first:last].view(np.uint32))
 
 
+@pytest.mark.parametrize("k,group", [(2048, 2048), (1090, 1090), (2000, 40), (2112, 48)])
+@pytest.mark.parametrize("fmt,mins", [("int8", False), ("int4", True)])
+def test_long_rows_are_walked_through_in_blocks(fmt, mins, k, group):
+    """Blocks of columns, which begin where many rows meet a tile, end with whole pairs of segments
+    whatever the activation group is."""
+    rng = np.random.default_rng(2)
+    packed, values = make_weight(rng, fmt, 32, k, 0, mins)
+    x = rng.standard_normal((40, k)).astype(np.float32)
+    op = _native.linear(packed, int8_activations=True, activation_group=group)
+    together, alone = np.zeros((40, 32), np.float32), np.zeros((1, 32), np.float32)
+    _native.run_op(op, [x, together], None, 2)
+    y = quantized_rows(x, group)
+    close(together, y @ values.T, np.abs(y) @ (np.abs(values) + 0.5).T)
+    op = _native.linear(packed, int8_activations=True, activation_group=group)
+    _native.run_op(op, [x[7:8].copy(), alone], None, 1)
+    assert np.array_equal(alone[0].view(np.uint32), together[7].view(np.uint32))
+
+
 def norm_of(x: np.ndarray, kind: str, eps: float, weight, bias) -> np.ndarray:
     x = x.astype(np.float64)
     if kind == "layer":

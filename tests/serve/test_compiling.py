@@ -87,7 +87,7 @@ def test_what_is_done_is_taken_once():
     assert found["a"] is None and found["b"] is None
     assert str(found["wrong"]) == "the grammar is wrong"
     assert isinstance(found["broken"], RequestError) and "KeyError" in str(found["broken"])
-    assert len(notes) == 4 and compiler.take() == [] and compiler.wait_seconds() is None
+    assert len(notes) == 8 and compiler.take() == [] and compiler.wait_seconds() is None
 
 
 def test_time_is_limited_even_if_all_threads_hang():
@@ -95,13 +95,24 @@ def test_time_is_limited_even_if_all_threads_hang():
     compiler = Compiler([slow], lambda: None, timeout=0.05)
     for number in range(5):
         compiler.submit(str(number), asking("a"))
-    assert compiler.wait_seconds() <= 0.05
-    found = until_taken(compiler, 5)
+    found = until_taken(compiler, 5)  # in threads that take the place of those that hang
     assert all("not compiled within 0.05 s" in str(error) for error in found.values())
     slow.gate.set()  # what comes of them later is nobody's
     slow.begun.acquire(timeout=10)
     time.sleep(0.05)
     assert compiler.take() == []
+
+
+def test_what_never_has_its_turn_is_told_so(monkeypatch):
+    monkeypatch.setattr("pyllmlite.engine.compiling.MOST_THREADS", 2)
+    slow = Slow()
+    compiler = Compiler([slow], lambda: None, timeout=0.05)
+    for number in range(3):
+        compiler.submit(str(number), asking("a"))
+    found = until_taken(compiler, 3)
+    assert sum("not compiled within" in str(error) for error in found.values()) == 2
+    assert sum("try again later" in str(error) for error in found.values()) == 1
+    slow.gate.set()
 
 
 def test_what_nobody_waits_for_is_not_compiled():
