@@ -24,7 +24,14 @@ from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layouts import Layout, Scheme
 from pyllmlite.compress.model_files import write_model_files
-from pyllmlite.compress.place import check_place, locked, publish
+from pyllmlite.compress.place import (
+    QUANTIZE_STATE,
+    STATE_FOLDER,
+    check_place,
+    clear,
+    occupy,
+    publish,
+)
 from pyllmlite.compress.shard import (
     Entry,
     disk_errors,
@@ -37,7 +44,6 @@ from pyllmlite.core.weights import LinearWeight
 from pyllmlite.model.quantized import reader_for
 from pyllmlite.model.safetensors import INDEX, SafetensorsCheckpoint
 
-STATE_FOLDER = ".pyllmlite"
 STATE_VERSION = 1
 KEPT = ("int8_activations", "activation_group", "outlier_threshold")  # what no layout says
 
@@ -89,11 +95,9 @@ class DirectoryWriter:
                     raise ConfigError(why)
         with disk_errors(self.out, "making the directory"):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir(exist_ok=True)
-            (self.scratch).mkdir(exist_ok=True)
-            self._lock = locked(self.scratch / "lock")
+        self._lock = occupy(self.partial, QUANTIZE_STATE, restart)
         try:
-            self._take_up(restart)
+            self._take_up()
         except BaseException:
             self.close()
             raise
@@ -107,10 +111,10 @@ class DirectoryWriter:
     def close(self) -> None:
         """End the work; a partial directory stays if a layer of it is complete."""
         if self._lock is not None:
-            self._lock.close()
-            self._lock = None
             if self._fresh and not self._layers and self.partial.is_dir():
                 shutil.rmtree(self.partial, ignore_errors=True)
+            self._lock.close()
+            self._lock = None
 
     @property
     def scratch(self) -> Path:
@@ -210,14 +214,12 @@ class DirectoryWriter:
     def _check_place(self, force: bool) -> None:
         check_place(self.out, self.view.source.path, force)
 
-    def _take_up(self, restart: bool) -> None:
+    def _take_up(self) -> None:
         """Go on with what an earlier run left, as far as it is whole."""
-        state_file = self.scratch / "state.json"
-        if restart:
-            self._clear()
+        state_file = self.partial / QUANTIZE_STATE
         if not state_file.is_file():
             self._fresh = True
-            self._clear()
+            clear(self.partial)
             self._save_state()
             return
         try:
@@ -250,26 +252,13 @@ class DirectoryWriter:
                 del self._layers[index]  # cut off by something else: it is made again
         self.resumed = sorted(self._layers)
 
-    def _clear(self) -> None:
-        for path in list(self.partial.iterdir()):
-            if path.name == STATE_FOLDER:
-                for inner in path.iterdir():
-                    if inner.is_dir():
-                        shutil.rmtree(inner)
-                    elif inner.name != "lock":
-                        inner.unlink()
-            elif path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
     def _save_state(self) -> None:
         state = {
             "version": STATE_VERSION,
             "settings": self.settings,
             "layers": {str(i): state for i, state in sorted(self._layers.items())},
         }
-        write_text(self.scratch / "state.json", json.dumps(state))
+        write_text(self.partial / QUANTIZE_STATE, json.dumps(state))
 
     def _shard_name(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{self.num_layers + 1:05}.safetensors"
