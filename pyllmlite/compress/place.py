@@ -76,6 +76,13 @@ def clear(partial: Path) -> None:
             path.unlink()
 
 
+def content(partial: Path, state: str) -> list[str]:
+    """What lies there beside the lock and the state; nothing: nothing was done yet."""
+    bare = {STATE_FOLDER, LOCK, Path(state).parent.as_posix(), state, state + ".part"}
+    found = [path.relative_to(partial).as_posix() for path in sorted(partial.rglob("*"))]
+    return [name for name in found if name not in bare]
+
+
 def _check_own(partial: Path, state: str) -> None:
     for other, command in _COMMANDS.items():
         if other != state and (partial / other).is_file():
@@ -87,9 +94,7 @@ def _check_own(partial: Path, state: str) -> None:
             )
     if (partial / state).is_file():
         return
-    bare = {STATE_FOLDER, LOCK, str(Path(state).parent), state + ".part"}  # nothing was done yet
-    found = [path.relative_to(partial).as_posix() for path in sorted(partial.rglob("*"))]
-    strange = [name for name in found if name not in bare]
+    strange = content(partial, state)
     if strange:
         raise ConfigError(
             f"{partial} holds {strange[0]}, which no unfinished run of this command left; choose "

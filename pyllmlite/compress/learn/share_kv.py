@@ -27,7 +27,7 @@ from pyllmlite.compress.learn.kv_sharing import (
     share_heads,
 )
 from pyllmlite.compress.learn.settings import TrainSettings
-from pyllmlite.compress.place import check_place, locked, publish
+from pyllmlite.compress.place import SHARE_KV_STATE, STATE_FOLDER, check_place, occupy, publish
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.compress.texts import read_text, windows_of
 from pyllmlite.core.errors import ConfigError, ModelError
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FACTS = "share-kv.json"
-STATE_FOLDER = ".pyllmlite"
 KV_BYTES = 2  # of an element of the cache, bf16, as it is kept by default
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 Note = Callable[[str], None]
@@ -162,12 +161,10 @@ def share_kv(
     partial = out.with_name(out.name + ".partial")
     scratch = partial / STATE_FOLDER
     with disk_errors(out, "making the directory"):
-        if restart and partial.is_dir():
-            shutil.rmtree(partial)
-        scratch.mkdir(parents=True, exist_ok=True)
-    with locked(scratch / "lock"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with occupy(partial, SHARE_KV_STATE, restart):
         identity = {**asdict(settings), "model": str(source.path), "version": __version__}
-        _same_run(scratch / "settings.json", identity)
+        _same_run(partial / SHARE_KV_STATE, identity)
         facts = _run(source, settings, partial, text, eval_windows, eval_length, tell, progress)
         local = model is not None and Path(model).expanduser().exists()
         facts["base_model"] = source.path.name if local else model or DEFAULT_MODEL

@@ -10,7 +10,8 @@ from tiny_models import TINY, reference
 
 from pyllmlite.compress.learn.share_kv import ShareSettings, card, share_kv, won_back
 from pyllmlite.compress.learn.token_windows import BesideTeacher, TokenWindows, mean_losses
-from pyllmlite.core.errors import ConfigError
+from pyllmlite.compress.place import DISTILL_STATE, occupy
+from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.model.source import open_model
 
 QUICK = {"tokens": 96, "seq_len": 24, "batch_size": 2, "save_every": 0}
@@ -151,6 +152,32 @@ def test_other_settings_do_not_go_on(tmp_path):
     settings = ShareSettings(3, tokens=0)
     made = share_kv(str(path), tmp_path / "out", settings, restart=True, eval_windows=0)
     assert made.facts["heads"]["kv_now"] == 3
+
+
+def test_what_another_command_left_is_not_published(tmp_path):
+    """A quantization that was killed left shards and an index."""
+    path, partial = TINY["llama-mha"](tmp_path / "float"), tmp_path / "out.partial"
+    (partial / ".pyllmlite").mkdir(parents=True)
+    names = ("model-00001-of-00003.safetensors", ".pyllmlite/state.json")
+    for name in names:
+        (partial / name).write_text("{}")
+    settings = ShareSettings(3, tokens=0)
+    with pytest.raises(ConfigError, match="unfinished run of quantize"):
+        share_kv(str(path), tmp_path / "out", settings, eval_windows=0)
+    assert all((partial / name).read_text() == "{}" for name in names)
+    made = share_kv(str(path), tmp_path / "out", settings, restart=True, eval_windows=0)
+    assert not {p.name for p in made.path.iterdir()} & {".pyllmlite", names[0]}
+    with locked_by_another(partial), pytest.raises(ModelError, match="another run is writing"):
+        share_kv(str(path), tmp_path / "out", settings, True, restart=True, eval_windows=0)
+    assert (partial / "distill" / "data.jsonl").is_file()
+
+
+def locked_by_another(partial):
+    """A running distill."""
+    lock = occupy(partial, DISTILL_STATE, restart=False)
+    (partial / "distill").mkdir()
+    (partial / "distill" / "data.jsonl").touch()
+    return lock
 
 
 def test_windows_are_functions_of_their_index():
