@@ -110,7 +110,10 @@ def _is_qat(path: Path) -> bool:
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Give the complete directory its name; what stood under it goes away only then."""
+    """Give the complete directory its name; what stood under it goes away only then.
+
+    So does the scratch of the run: cut off before the rename, it goes on from there.
+    """
     with disk_errors(out, "giving the directory its name"):
         sync_directory(partial)
         old = None
@@ -124,6 +127,7 @@ def publish(partial: Path, out: Path) -> None:
                 os.rename(old, out)
             raise
         sync_directory(out.parent)
+        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 

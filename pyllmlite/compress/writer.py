@@ -206,7 +206,6 @@ class DirectoryWriter:
 
     def publish(self) -> Path:
         """Give the complete directory its name; what stood under it goes away only then."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
         publish(self.partial, self.out)
         return self.out
 

@@ -1,6 +1,7 @@
 """One directory, several commands: none takes another's unfinished work away."""
 
 import json
+import os
 
 import pytest
 
@@ -12,6 +13,7 @@ from pyllmlite.compress.place import (
     SHARE_KV_STATE,
     locked,
     occupy,
+    publish,
 )
 from pyllmlite.compress.writer import DirectoryWriter
 from pyllmlite.core.errors import ConfigError, ModelError
@@ -99,3 +101,36 @@ def test_a_writer_leaves_other_work_alone(model, tmp_path):
     with DirectoryWriter(tmp_path / "out", view, None, "f32", {}, restart=True):
         assert files(partial) == {LOCK, QUANTIZE_STATE}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scratch_stays_until_the_name_is_given(tmp_path, monkeypatch):
+    """A rename that fails costs nothing: what the run needs to go on is still there."""
+    partial, out = tmp_path / "out.partial", tmp_path / "out"
+    for name in (QUANTIZE_STATE, "config.json"):
+        put(partial / name)
+    put(out / "old")
+
+    def refused(old, new):
+        if str(new) == str(out) and str(old) == str(partial):
+            raise OSError(5, "I/O error")
+        real(old, new)
+
+    real = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refused)
+        with pytest.raises(ModelError, match="I/O error"):
+            publish(partial, out)
+    assert files(partial) == {QUANTIZE_STATE, "config.json"} and files(out) == {"old"}
+    publish(partial, out)
+    assert files(out) == {"config.json"} and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("now", [QUANTIZE_STATE, DISTILL_STATE, SHARE_KV_STATE])
+def test_restart_deletes_only_under_the_lock(tmp_path, now):
+    for name in (now, LOCK):
+        put(tmp_path / "out.partial" / name)
+    held = locked(tmp_path / "out.partial" / LOCK)
+    with pytest.raises(ModelError, match="another run"):
+        occupy(tmp_path / "out.partial", now, restart=True)
+    assert (tmp_path / "out.partial" / now).read_text() == "x"
+    held.close()

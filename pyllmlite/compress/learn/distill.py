@@ -35,14 +35,7 @@ from pyllmlite.compress.learn.student import (
     parse_cut,
 )
 from pyllmlite.compress.learn.teacher_text import TextStats, write_teacher_text
-from pyllmlite.compress.place import (
-    DISTILL_STATE,
-    STATE_FOLDER,
-    check_place,
-    content,
-    occupy,
-    publish,
-)
+from pyllmlite.compress.place import DISTILL_STATE, check_place, content, occupy, publish
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.model.source import ModelSource, open_model
@@ -177,7 +170,6 @@ class _Work:
     def publish(self) -> None:
         """Give the complete directory its name, and end the work."""
         publish(self.partial, self.out)
-        shutil.rmtree(self.out / STATE_FOLDER, ignore_errors=True)
         self._lock.close()
         self._lock = None
 
@@ -263,8 +255,8 @@ class _Run:
 
     def _finish_text(self, text: dict[str, Any], processes: Processes) -> Result:
         if processes.first:
-            os.replace(self.work.folder / DATA, self.work.partial / DATA)
-            self.work.publish()
+            self.work.publish()  # first: where it fails, the text lies where it is looked for
+            os.replace(self.work.out / WORK / DATA, self.work.out / DATA)
             shutil.rmtree(self.work.out / WORK, ignore_errors=True)
         return Result(self.work.out, {"text": text}, processes.first)
 

@@ -159,7 +159,6 @@ def share_kv(
     check_place(out, source.path, force)
     text = read_text(eval_text) if eval_windows else None
     partial = out.with_name(out.name + ".partial")
-    scratch = partial / STATE_FOLDER
     with disk_errors(out, "making the directory"):
         out.parent.mkdir(parents=True, exist_ok=True)
     with occupy(partial, SHARE_KV_STATE, restart):
@@ -170,7 +169,6 @@ def share_kv(
         facts["base_model"] = source.path.name if local else model or DEFAULT_MODEL
         write_text(partial / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         write_text(partial / "README.md", card(out.name, facts))
-        shutil.rmtree(scratch, ignore_errors=True)
         publish(partial, out)
     return Shared(out, facts, time.perf_counter() - started)
 
