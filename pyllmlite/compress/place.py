@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -20,16 +21,18 @@ DISTILL_STATE = "distill/settings.json"
 _COMMANDS = {QUANTIZE_STATE: "quantize", SHARE_KV_STATE: "share-kv", DISTILL_STATE: "distill"}
 
 
-def check_place(out: Path, source: Path, force: bool) -> None:
+def check_place(out: Path, source: Path, force: bool, reads: Iterable[str | Path] = ()) -> None:
     """``ConfigError`` where a new directory cannot stand.
 
     Args:
         source: The model that it is made from.
         force: What is there may be replaced.
+        reads: What else the run is given; names of no file (a quantizer's, a data set's) are none.
     """
-    source = Path(os.path.realpath(source))
-    if Path(os.path.realpath(out)) in (source, *source.parents):
-        raise ConfigError(f"{out} holds the model that is read; choose another --out")
+    _check_apart(out, source, "the model that is read")
+    for path in reads:
+        if os.path.exists(path):
+            _check_apart(out, Path(path), f"{path}, which is read")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is no directory; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not force:
@@ -37,6 +40,15 @@ def check_place(out: Path, source: Path, force: bool) -> None:
             f"{out} exists; choose another --out, or --force, which replaces it when the "
             "new one is complete"
         )
+
+
+def _check_apart(out: Path, read: Path, words: str) -> None:
+    """What is read lies neither in the directory, which --force replaces, nor in the unfinished
+    one, which --restart throws away."""
+    read = Path(os.path.realpath(read))
+    for place in (out, out.with_name(out.name + ".partial")):
+        if Path(os.path.realpath(place)) in (read, *read.parents):
+            raise ConfigError(f"{place} holds {words}; choose another --out")
 
 
 def occupy(partial: Path, state: str, restart: bool) -> IO[str]:

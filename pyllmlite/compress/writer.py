@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -60,6 +60,7 @@ class DirectoryWriter:
             gone on with.
         force: Replace ``out`` when the new directory is complete.
         restart: Throw away what an earlier run left.
+        reads: Other files and directories that the run reads.
     Raises:
         ConfigError, ModelError: It cannot be written there; nothing was touched.
     """
@@ -73,6 +74,7 @@ class DirectoryWriter:
         settings: dict[str, Any],
         force: bool = False,
         restart: bool = False,
+        reads: Iterable[str | Path] = (),
     ) -> None:
         self.out = Path(os.path.abspath(out))
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -87,7 +89,7 @@ class DirectoryWriter:
         self._layers: dict[int, dict[str, Any]] = {}
         self._sizes: dict[str, int] = {}
         self._weight_map: dict[str, str] = {}
-        self._check_place(force)
+        check_place(self.out, view.source.path, force, reads)
         if layout is not None:
             for module in view.modules(0):
                 why = layout.refusal(view.source.spec.architecture, module.transposed)
@@ -210,9 +212,6 @@ class DirectoryWriter:
         return self.out
 
     # -- inside --------------------------------------------------------------------------------
-    def _check_place(self, force: bool) -> None:
-        check_place(self.out, self.view.source.path, force)
-
     def _take_up(self) -> None:
         """Go on with what an earlier run left, as far as it is whole."""
         state_file = self.partial / QUANTIZE_STATE

@@ -11,6 +11,7 @@ from pyllmlite.compress.place import (
     LOCK,
     QUANTIZE_STATE,
     SHARE_KV_STATE,
+    check_place,
     locked,
     occupy,
     publish,
@@ -134,3 +135,18 @@ def test_restart_deletes_only_under_the_lock(tmp_path, now):
         occupy(tmp_path / "out.partial", now, restart=True)
     assert (tmp_path / "out.partial" / now).read_text() == "x"
     held.close()
+
+
+@pytest.mark.parametrize("folder", ["out", "out/deep", "out.partial/distill"])
+def test_never_over_what_is_read(tmp_path, folder):
+    """Neither by --force nor by --restart; a link to it is it."""
+    data, model = tmp_path / folder / "data.jsonl", tmp_path / "model"
+    put(data)
+    (tmp_path / "link").symlink_to(data.parent)
+    for given in (data, str(data), data.parent, tmp_path / "link" / "data.jsonl"):
+        with pytest.raises(ConfigError, match="which is read; choose another --out"):
+            check_place(tmp_path / "out", model, True, ["self", given])
+    with pytest.raises(ConfigError, match="holds the model that is read"):
+        check_place(tmp_path / "out", data.parent, True)
+    check_place(tmp_path / "other", model, True, [data, "self", "org/name:split"])
+    check_place(tmp_path / "ou", model, True, [data])  # a name that begins so is no parent

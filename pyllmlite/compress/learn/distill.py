@@ -135,7 +135,9 @@ class _Work:
         self._lock: Any = None
 
     def open(self, identity: dict[str, Any], force: bool, restart: bool) -> None:
-        check_place(self.out, self.source.path, force)
+        data = self.settings.data
+        reads = [self.settings.text.prompts, *([data] if data else [])]
+        check_place(self.out, self.source.path, force, reads)
         with disk_errors(self.out, "making the directory"):
             self.out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = occupy(self.partial, DISTILL_STATE, restart)

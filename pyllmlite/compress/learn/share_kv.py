@@ -156,7 +156,7 @@ def share_kv(
     if settings.steps:
         check_room(source.spec, 1.0, training_plan(settings, Path(out)))
     out = Path(os.path.abspath(out))
-    check_place(out, source.path, force)
+    check_place(out, source.path, force, [settings.text, *([eval_text] if eval_text else [])])
     text = read_text(eval_text) if eval_windows else None
     partial = out.with_name(out.name + ".partial")
     with disk_errors(out, "making the directory"):

@@ -161,6 +161,11 @@ def test_text_alone_and_trained_on_later(teacher, tmp_path):
     _, records = read_records(data)
     later = run(teacher, tmp_path / "later", data=str(data))
     at_once = run(teacher, tmp_path / "once")
+    with pytest.raises(ConfigError, match="text holds .*data.jsonl, which is read"):
+        run(teacher, tmp_path / "text", data=str(data), force=True)
+    again = TextSettings(str(data), 4, chat=False)
+    with pytest.raises(ConfigError, match="text holds .*data.jsonl, which is read"):
+        run(teacher, tmp_path / "text", text=again, force=True)
     assert same(tmp_path / "later", tmp_path / "once")
     assert later.facts["text"] == at_once.facts["text"]
     assert len({tuple(r.token_ids) for r in records}) > 20  # each has a seed of its own
