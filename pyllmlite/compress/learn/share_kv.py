@@ -27,7 +27,15 @@ from pyllmlite.compress.learn.kv_sharing import (
     share_heads,
 )
 from pyllmlite.compress.learn.settings import TrainSettings
-from pyllmlite.compress.place import SHARE_KV_STATE, STATE_FOLDER, check_place, occupy, publish
+from pyllmlite.compress.place import (
+    SHARE_KV_STATE,
+    STATE_FOLDER,
+    check_place,
+    clear,
+    content,
+    occupy,
+    publish,
+)
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.compress.texts import read_text, windows_of
 from pyllmlite.core.errors import ConfigError, ModelError
@@ -162,9 +170,17 @@ def share_kv(
     with disk_errors(out, "making the directory"):
         out.parent.mkdir(parents=True, exist_ok=True)
     with occupy(partial, SHARE_KV_STATE, restart):
-        identity = {**asdict(settings), "model": str(source.path), "version": __version__}
+        deciding = {k: v for k, v in asdict(settings).items() if k not in ("save_every", "device")}
+        identity = {**deciding, "model": str(source.path), "version": __version__}
+        if not _worth_keeping(partial):
+            clear(partial)  # shards of a run that was killed would be published with the new ones
         _same_run(partial / SHARE_KV_STATE, identity)
-        facts = _run(source, settings, partial, text, eval_windows, eval_length, tell, progress)
+        try:
+            facts = _run(source, settings, partial, text, eval_windows, eval_length, tell, progress)
+        except BaseException:
+            if not _worth_keeping(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         local = model is not None and Path(model).expanduser().exists()
         facts["base_model"] = source.path.name if local else model or DEFAULT_MODEL
         write_text(partial / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -403,6 +419,11 @@ def _tokens(
     np.save(partial, tokens, allow_pickle=False)
     os.replace(partial, path)
     return tokens
+
+
+def _worth_keeping(partial: Path) -> bool:
+    """Text or a training is there, which a run goes on from; all else is made again anyway."""
+    return any(name.startswith(STATE_FOLDER + "/") for name in content(partial, SHARE_KV_STATE))
 
 
 def _same_run(path: Path, identity: dict[str, Any]) -> None:
