@@ -101,8 +101,9 @@ def quantize_model(
         **({"calibration_sha256": method.text_sha256} if method.text_sha256 else {}),
     }
     with DirectoryWriter(
-        Path(out), view, layout, settings.dtype or view.dtype, identity, force, restart
-    ) as writer:
+        Path(out), view, layout, settings.dtype or view.dtype, identity, force, restart,
+        [settings.calibration, *([eval_text] if eval_text else [])],
+    ) as writer:  # fmt: skip
         watcher.start(writer.num_layers, len(writer.resumed))
         before = time.perf_counter()
         for result in method.layers(writer.done, watcher.note, writer.scratch):

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +24,14 @@ from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layer_result import LayerResult
 from pyllmlite.compress.layouts import Layout, Scheme
 from pyllmlite.compress.model_files import write_model_files
-from pyllmlite.compress.place import check_place, locked, publish
+from pyllmlite.compress.place import (
+    QUANTIZE_STATE,
+    STATE_FOLDER,
+    check_place,
+    clear,
+    occupy,
+    publish,
+)
 from pyllmlite.compress.shard import (
     Entry,
     disk_errors,
@@ -37,7 +44,6 @@ from pyllmlite.core.weights import LinearWeight
 from pyllmlite.model.quantized import reader_for
 from pyllmlite.model.safetensors import INDEX, SafetensorsCheckpoint
 
-STATE_FOLDER = ".pyllmlite"
 STATE_VERSION = 1
 KEPT = ("int8_activations", "activation_group", "outlier_threshold")  # what no layout says
 
@@ -54,6 +60,7 @@ class DirectoryWriter:
             gone on with.
         force: Replace ``out`` when the new directory is complete.
         restart: Throw away what an earlier run left.
+        reads: Other files and directories that the run reads.
     Raises:
         ConfigError, ModelError: It cannot be written there; nothing was touched.
     """
@@ -67,6 +74,7 @@ class DirectoryWriter:
         settings: dict[str, Any],
         force: bool = False,
         restart: bool = False,
+        reads: Iterable[str | Path] = (),
     ) -> None:
         self.out = Path(os.path.abspath(out))
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -81,7 +89,7 @@ class DirectoryWriter:
         self._layers: dict[int, dict[str, Any]] = {}
         self._sizes: dict[str, int] = {}
         self._weight_map: dict[str, str] = {}
-        self._check_place(force)
+        check_place(self.out, view.source.path, force, reads)
         if layout is not None:
             for module in view.modules(0):
                 why = layout.refusal(view.source.spec.architecture, module.transposed)
@@ -89,11 +97,9 @@ class DirectoryWriter:
                     raise ConfigError(why)
         with disk_errors(self.out, "making the directory"):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir(exist_ok=True)
-            (self.scratch).mkdir(exist_ok=True)
-            self._lock = locked(self.scratch / "lock")
+        self._lock = occupy(self.partial, QUANTIZE_STATE, restart)
         try:
-            self._take_up(restart)
+            self._take_up()
         except BaseException:
             self.close()
             raise
@@ -107,10 +113,10 @@ class DirectoryWriter:
     def close(self) -> None:
         """End the work; a partial directory stays if a layer of it is complete."""
         if self._lock is not None:
-            self._lock.close()
-            self._lock = None
             if self._fresh and not self._layers and self.partial.is_dir():
                 shutil.rmtree(self.partial, ignore_errors=True)
+            self._lock.close()
+            self._lock = None
 
     @property
     def scratch(self) -> Path:
@@ -202,22 +208,16 @@ class DirectoryWriter:
 
     def publish(self) -> Path:
         """Give the complete directory its name; what stood under it goes away only then."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
         publish(self.partial, self.out)
         return self.out
 
     # -- inside --------------------------------------------------------------------------------
-    def _check_place(self, force: bool) -> None:
-        check_place(self.out, self.view.source.path, force)
-
-    def _take_up(self, restart: bool) -> None:
+    def _take_up(self) -> None:
         """Go on with what an earlier run left, as far as it is whole."""
-        state_file = self.scratch / "state.json"
-        if restart:
-            self._clear()
+        state_file = self.partial / QUANTIZE_STATE
         if not state_file.is_file():
             self._fresh = True
-            self._clear()
+            clear(self.partial)
             self._save_state()
             return
         try:
@@ -250,26 +250,13 @@ class DirectoryWriter:
                 del self._layers[index]  # cut off by something else: it is made again
         self.resumed = sorted(self._layers)
 
-    def _clear(self) -> None:
-        for path in list(self.partial.iterdir()):
-            if path.name == STATE_FOLDER:
-                for inner in path.iterdir():
-                    if inner.is_dir():
-                        shutil.rmtree(inner)
-                    elif inner.name != "lock":
-                        inner.unlink()
-            elif path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
     def _save_state(self) -> None:
         state = {
             "version": STATE_VERSION,
             "settings": self.settings,
             "layers": {str(i): state for i, state in sorted(self._layers.items())},
         }
-        write_text(self.scratch / "state.json", json.dumps(state))
+        write_text(self.partial / QUANTIZE_STATE, json.dumps(state))
 
     def _shard_name(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{self.num_layers + 1:05}.safetensors"

@@ -181,6 +181,11 @@ def test_never_over_the_model_itself(model, tmp_path):
     with pytest.raises(ConfigError, match="no directory"):
         quantize(copy, tmp_path / "file", force=True)
     assert contents(copy) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "text.txt").write_text("x")
+    with pytest.raises(ConfigError, match="text.txt, which is read"):
+        text = str(tmp_path / "out" / "text.txt")
+        quantize(copy, tmp_path / "out", force=True, calibration=text)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])

@@ -8,7 +8,6 @@ picture of the loss stay in ``OUT/distill``.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from pyllmlite.compress.learn.student import (
     parse_cut,
 )
 from pyllmlite.compress.learn.teacher_text import TextStats, write_teacher_text
-from pyllmlite.compress.place import check_place, locked, publish
+from pyllmlite.compress.place import DISTILL_STATE, check_place, content, occupy, publish
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.model.source import ModelSource, open_model
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 
 WORK = "distill"
 DATA = "data.jsonl"
-STATE = "settings.json"
 _NARROW_TEXTS = 64  # records whose activations say what is used
 
 
@@ -137,13 +135,15 @@ class _Work:
         self._lock: Any = None
 
     def open(self, identity: dict[str, Any], force: bool, restart: bool) -> None:
-        check_place(self.out, self.source.path, force)
+        data = self.settings.data
+        reads = [self.settings.text.prompts, *([data] if data else [])]
+        check_place(self.out, self.source.path, force, reads)
         with disk_errors(self.out, "making the directory"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = locked(self.folder / "lock")
-            if restart:
-                self._clear()
-        state = self.folder / STATE
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = occupy(self.partial, DISTILL_STATE, restart)
+        with disk_errors(self.out, "making the directory"):
+            self.folder.mkdir(exist_ok=True)
+        state = self.partial / DISTILL_STATE
         wanted = json.loads(json.dumps(identity))
         if not state.exists():
             write_text(state, json.dumps(wanted, indent=2) + "\n")
@@ -164,19 +164,16 @@ class _Work:
         """End the work; where nothing was made yet, nothing stays."""
         if self._lock is None:
             return
+        if not content(self.partial, DISTILL_STATE):
+            shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
         self._lock = None
-        if self.folder.is_dir() and {p.name for p in self.folder.iterdir()} <= {STATE, "lock"}:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                self.partial.rmdir()  # if it was made for this
 
-    def _clear(self) -> None:
-        for path in list(self.folder.iterdir()):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+    def publish(self) -> None:
+        """Give the complete directory its name, and end the work."""
+        publish(self.partial, self.out)
+        self._lock.close()
+        self._lock = None
 
 
 class _Run:
@@ -260,10 +257,9 @@ class _Run:
 
     def _finish_text(self, text: dict[str, Any], processes: Processes) -> Result:
         if processes.first:
-            os.replace(self.work.folder / DATA, self.work.partial / DATA)
-            self.work.close()
-            shutil.rmtree(self.work.folder, ignore_errors=True)
-            publish(self.work.partial, self.work.out)
+            self.work.publish()  # first: where it fails, the text lies where it is looked for
+            os.replace(self.work.out / WORK / DATA, self.work.out / DATA)
+            shutil.rmtree(self.work.out / WORK, ignore_errors=True)
         return Result(self.work.out, {"text": text}, processes.first)
 
     # -- the student ---------------------------------------------------------------------------
@@ -430,14 +426,13 @@ class _Run:
         cost = num_weights(made.spec) / num_weights(self.source.spec)
         facts["draft"] = {"cost": round(cost, 4), "needed_acceptance": needed_acceptance(cost)}
         write_card(partial, self.work.out.name, facts)
-        publish(partial, self.work.out)
+        self.work.publish()
         folder = self.work.out / WORK
         for name in ("log.jsonl", "loss.png"):
             if (folder / "train" / name).exists():
                 os.replace(folder / "train" / name, folder / name)
         for name in ("train", "logits"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "lock").unlink(missing_ok=True)
 
 
 def _check_size(source: ModelSource, given: ModelSource | Cut, settings: DistillSettings) -> None:

@@ -187,8 +187,9 @@ def qat_model(
     }
     layout = layout_named(complete.layout)
     with DirectoryWriter(
-        Path(out), view, layout, complete.dtype, identity, force, restart
-    ) as writer:
+        Path(out), view, layout, complete.dtype, identity, force, restart,
+        [settings.start, settings.text, *([eval_text] if eval_text else [])],
+    ) as writer:  # fmt: skip
         tokens = _tokens(writer.scratch, source, settings, tell)
         writer.keep()
         start = Path(settings.start)

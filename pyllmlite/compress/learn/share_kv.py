@@ -27,7 +27,15 @@ from pyllmlite.compress.learn.kv_sharing import (
     share_heads,
 )
 from pyllmlite.compress.learn.settings import TrainSettings
-from pyllmlite.compress.place import check_place, locked, publish
+from pyllmlite.compress.place import (
+    SHARE_KV_STATE,
+    STATE_FOLDER,
+    check_place,
+    clear,
+    content,
+    occupy,
+    publish,
+)
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.compress.texts import read_text, windows_of
 from pyllmlite.core.errors import ConfigError, ModelError
@@ -42,7 +50,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FACTS = "share-kv.json"
-STATE_FOLDER = ".pyllmlite"
 KV_BYTES = 2  # of an element of the cache, bf16, as it is kept by default
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 Note = Callable[[str], None]
@@ -157,23 +164,27 @@ def share_kv(
     if settings.steps:
         check_room(source.spec, 1.0, training_plan(settings, Path(out)))
     out = Path(os.path.abspath(out))
-    check_place(out, source.path, force)
+    check_place(out, source.path, force, [settings.text, *([eval_text] if eval_text else [])])
     text = read_text(eval_text) if eval_windows else None
     partial = out.with_name(out.name + ".partial")
-    scratch = partial / STATE_FOLDER
     with disk_errors(out, "making the directory"):
-        if restart and partial.is_dir():
-            shutil.rmtree(partial)
-        scratch.mkdir(parents=True, exist_ok=True)
-    with locked(scratch / "lock"):
-        identity = {**asdict(settings), "model": str(source.path), "version": __version__}
-        _same_run(scratch / "settings.json", identity)
-        facts = _run(source, settings, partial, text, eval_windows, eval_length, tell, progress)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with occupy(partial, SHARE_KV_STATE, restart):
+        deciding = {k: v for k, v in asdict(settings).items() if k not in ("save_every", "device")}
+        identity = {**deciding, "model": str(source.path), "version": __version__}
+        if not _worth_keeping(partial):
+            clear(partial)  # shards of a run that was killed would be published with the new ones
+        _same_run(partial / SHARE_KV_STATE, identity)
+        try:
+            facts = _run(source, settings, partial, text, eval_windows, eval_length, tell, progress)
+        except BaseException:
+            if not _worth_keeping(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         local = model is not None and Path(model).expanduser().exists()
         facts["base_model"] = source.path.name if local else model or DEFAULT_MODEL
         write_text(partial / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         write_text(partial / "README.md", card(out.name, facts))
-        shutil.rmtree(scratch, ignore_errors=True)
         publish(partial, out)
     return Shared(out, facts, time.perf_counter() - started)
 
@@ -408,6 +419,11 @@ def _tokens(
     np.save(partial, tokens, allow_pickle=False)
     os.replace(partial, path)
     return tokens
+
+
+def _worth_keeping(partial: Path) -> bool:
+    """Text or a training is there, which a run goes on from; all else is made again anyway."""
+    return any(name.startswith(STATE_FOLDER + "/") for name in content(partial, SHARE_KV_STATE))
 
 
 def _same_run(path: Path, identity: dict[str, Any]) -> None:

@@ -138,6 +138,21 @@ def test_other_settings_and_outputs_that_are_there(teacher, tmp_path, monkeypatc
         run(teacher, teacher, force=True)
 
 
+def test_what_another_command_left_is_not_published(teacher, tmp_path):
+    """A quantization that was killed left shards and an index."""
+    partial = tmp_path / "s.partial"
+    (partial / ".pyllmlite").mkdir(parents=True)
+    names = ("model-00001-of-00003.safetensors", ".pyllmlite/state.json")
+    for name in names:
+        (partial / name).write_text("{}")
+    with pytest.raises(ConfigError, match="unfinished run of quantize"):
+        run(teacher, tmp_path / "s")
+    assert all((partial / name).read_text() == "{}" for name in names)
+    run(teacher, tmp_path / "s", restart=True)
+    left = {p.name for p in (tmp_path / "s").iterdir()}
+    assert "distill.json" in left and not left & {".pyllmlite", names[0]}
+
+
 def test_text_alone_and_trained_on_later(teacher, tmp_path):
     result = run(teacher, tmp_path / "text", student=None, mode="text")
     assert result.facts["text"]["records"] == 24
@@ -146,6 +161,11 @@ def test_text_alone_and_trained_on_later(teacher, tmp_path):
     _, records = read_records(data)
     later = run(teacher, tmp_path / "later", data=str(data))
     at_once = run(teacher, tmp_path / "once")
+    with pytest.raises(ConfigError, match="text holds .*data.jsonl, which is read"):
+        run(teacher, tmp_path / "text", data=str(data), force=True)
+    again = TextSettings(str(data), 4, chat=False)
+    with pytest.raises(ConfigError, match="text holds .*data.jsonl, which is read"):
+        run(teacher, tmp_path / "text", text=again, force=True)
     assert same(tmp_path / "later", tmp_path / "once")
     assert later.facts["text"] == at_once.facts["text"]
     assert len({tuple(r.token_ids) for r in records}) > 20  # each has a seed of its own

@@ -217,6 +217,14 @@ def test_a_start_of_another_model_is_refused(model, tmp_path):
         FakeQuantModel(HFView(open_model(str(model))), HFView(open_model(str(model))), 4, "f32")
 
 
+def test_never_over_its_own_start(model, tmp_path):
+    start = start_of(model, tmp_path / "start")
+    with pytest.raises(ConfigError, match="start holds .*start, which is read"):
+        qat_model(str(model), start, QatSettings(start=str(start), **QUICK), force=True,
+                  eval_windows=0, progress=False)  # fmt: skip
+    assert open_model(str(start)).quantized
+
+
 def test_several_processes_are_refused(model, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="qat trains in one process"):

@@ -10,7 +10,8 @@ from tiny_models import TINY, reference
 
 from pyllmlite.compress.learn.share_kv import ShareSettings, card, share_kv, won_back
 from pyllmlite.compress.learn.token_windows import BesideTeacher, TokenWindows, mean_losses
-from pyllmlite.core.errors import ConfigError
+from pyllmlite.compress.place import DISTILL_STATE, occupy
+from pyllmlite.core.errors import ConfigError, ModelError
 from pyllmlite.model.source import open_model
 
 QUICK = {"tokens": 96, "seq_len": 24, "batch_size": 2, "save_every": 0}
@@ -142,15 +143,69 @@ def test_fused_attentions_are_refused(tmp_path, family):
     assert kv > 1
 
 
-def test_other_settings_do_not_go_on(tmp_path):
+def test_other_settings_do_not_go_on(tmp_path, monkeypatch):
+    path = write_text_model(tmp_path / "float", seed=1)
+
+    def run(restart=False, **changes):
+        settings = ShareSettings(**{"kv_heads": 1, **QUICK, **changes})
+        return share_kv(str(path), tmp_path / "out", settings, False, restart, eval_windows=0,
+                        progress=False)  # fmt: skip
+
+    def fails(*args):
+        raise RuntimeError("power failure")
+
+    with monkeypatch.context() as patch:  # behind the text, before the training
+        patch.setattr("pyllmlite.compress.learn.share_kv._uptrain", fails)
+        with pytest.raises(RuntimeError):
+            run()
+        with pytest.raises(ConfigError, match="unfinished run with other settings .seed: 0, now 1"):
+            run(seed=1)
+        with pytest.raises(RuntimeError):  # these decide nothing
+            run(save_every=7, device="cpu")
+        assert (tmp_path / "out.partial" / ".pyllmlite" / "tokens.npy").is_file()
+    made = run(restart=True, seed=1)
+    assert made.facts["settings"]["seed"] == 1
+
+
+def test_a_run_that_did_nothing_blocks_nothing(tmp_path):
     path = TINY["llama-mha"](tmp_path / "float")  # has no tokenizer: the text cannot be written
-    first = ShareSettings(2, **QUICK)
-    for settings, words in ((first, "tokenizer"), (ShareSettings(3, **QUICK), "unfinished run")):
-        with pytest.raises(Exception, match=words):
-            share_kv(str(path), tmp_path / "out", settings, eval_windows=0, progress=False)
+    with pytest.raises(Exception, match="tokenizer"):
+        share_kv(str(path), tmp_path / "out", ShareSettings(2, **QUICK), eval_windows=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["float"]
+    partial = tmp_path / "out.partial"  # and one that was killed while it wrote
+    (partial / ".pyllmlite").mkdir(parents=True)
+    (partial / ".pyllmlite" / "settings.json").write_text('{"kv_heads": 2}')
+    (partial / "model-00007-of-00009.safetensors").write_text("x")
     settings = ShareSettings(3, tokens=0)
-    made = share_kv(str(path), tmp_path / "out", settings, restart=True, eval_windows=0)
+    made = share_kv(str(path), tmp_path / "out", settings, eval_windows=0)
     assert made.facts["heads"]["kv_now"] == 3
+    assert not (made.path / "model-00007-of-00009.safetensors").exists()
+
+
+def test_what_another_command_left_is_not_published(tmp_path):
+    """A quantization that was killed left shards and an index."""
+    path, partial = TINY["llama-mha"](tmp_path / "float"), tmp_path / "out.partial"
+    (partial / ".pyllmlite").mkdir(parents=True)
+    names = ("model-00001-of-00003.safetensors", ".pyllmlite/state.json")
+    for name in names:
+        (partial / name).write_text("{}")
+    settings = ShareSettings(3, tokens=0)
+    with pytest.raises(ConfigError, match="unfinished run of quantize"):
+        share_kv(str(path), tmp_path / "out", settings, eval_windows=0)
+    assert all((partial / name).read_text() == "{}" for name in names)
+    made = share_kv(str(path), tmp_path / "out", settings, restart=True, eval_windows=0)
+    assert not {p.name for p in made.path.iterdir()} & {".pyllmlite", names[0]}
+    with locked_by_another(partial), pytest.raises(ModelError, match="another run is writing"):
+        share_kv(str(path), tmp_path / "out", settings, True, restart=True, eval_windows=0)
+    assert (partial / "distill" / "data.jsonl").is_file()
+
+
+def locked_by_another(partial):
+    """A running distill."""
+    lock = occupy(partial, DISTILL_STATE, restart=False)
+    (partial / "distill").mkdir()
+    (partial / "distill" / "data.jsonl").touch()
+    return lock
 
 
 def test_windows_are_functions_of_their_index():
