@@ -207,7 +207,10 @@ def test_objectives_are_their_formulas(source, module, stored):
     loss, metrics = policy(student, batch)
     kl = losses.full_divergence(ours, theirs, 2.0, "reverse").mean()
     torch.testing.assert_close(loss, 0.7 * kl + 0.3 * entropy, atol=1e-4, rtol=1e-4)
-    assert metrics["own"] == 0
+    assert metrics["own"] == 0 and metrics["cross_entropy_tokens"] == metrics["tokens"]
+    _, written = OnPolicy(module, 2.0, "reverse", 0.3, max_tokens=2)(student, batch)
+    assert written.keys() == metrics.keys()  # ranks add them up by their place
+    assert written["own"] == 1 and written["cross_entropy_tokens"] == 0
 
 
 def test_bf16_products_give_nearly_the_same_gradient(source, stored, monkeypatch):
