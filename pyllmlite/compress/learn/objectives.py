@@ -112,6 +112,10 @@ class OnPolicy:
                 longest = max(len(ids) for ids in batch["prompts"])
                 room = max(1, min(room, self.seq_len + 1 - longest))
             written = sample(module, batch["prompts"], room, self.sampling_temperature, self.eos)
+            # Some releases of torch keep autocast's copies of weights that were made without a
+            # graph and take them again below, where they would leave the weights no gradient.
+            torch.clear_autocast_cache()
+            batch, more = written.batch, written.arguments
         head, judge = Head(module), Head(self.teacher)
         hidden, targets = _at_targets(head, batch, **more)
         with torch.no_grad():

@@ -227,6 +227,23 @@ def test_bf16_products_give_nearly_the_same_gradient(source, stored, monkeypatch
     assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
 
 
+def test_what_was_sampled_under_autocast_leaves_the_gradient(source, module):
+    """Weights are cast for the writing first, without a graph."""
+    batch = {"prompts": [[5, 6, 7], [8]], "index": 0}
+    found = []
+    for enabled in (False, True):
+        student = student_of(source)
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = OnPolicy(module, max_tokens=3, sampling_temperature=0.0)(student, batch)
+        loss.backward()
+        found.append({n: p.grad for n, p in student.named_parameters()})
+    for name, gradient in found[1].items():
+        assert gradient is not None and bool(gradient.any()), name
+    flat = [torch.cat([g.flatten() for g in one.values()]) for one in found]
+    assert (flat[0] - flat[1]).norm() < 0.2 * flat[0].norm()
+
+
 def test_gradients_of_a_tied_matrix(source, stored):
     """The output matrix is the embedding too: both ways must reach it."""
     student = student_of(source)
