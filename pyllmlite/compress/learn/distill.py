@@ -28,6 +28,7 @@ from pyllmlite.compress.learn.progress import Progress
 from pyllmlite.compress.learn.records import Record, read_records, sha256_of
 from pyllmlite.compress.learn.student import (
     Cut,
+    check_student,
     check_vocabularies,
     freeze_embeddings,
     load_module,
@@ -111,6 +112,7 @@ def distill(
                 f"top_k is {settings.top_k}, the vocabulary has {source.spec.vocab_size} tokens"
             )
         _check_size(source, given, settings)
+        check_student(source, given)
         seq_len, positions = settings.train_settings("", 1).seq_len, _positions(source, given)
         if seq_len > positions:
             raise ConfigError(f"seq_len {seq_len} is more than the models' {positions} positions")

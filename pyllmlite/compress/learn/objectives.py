@@ -133,9 +133,7 @@ class OnPolicy:
             return _mixed(logits, targets[first:last], kl, task)
 
         total, sums = chunked_sum(hidden, loss, head.trained)
-        loss_mean, metrics = _mean(
-            total, {**sums, "own": float(own) * len(targets)}, len(targets)
-        )
+        loss_mean, metrics = _mean(total, {**sums, "own": float(own) * len(targets)}, len(targets))
         if self.task_weight:  # the same names whoever wrote: ranks add them up
             metrics.setdefault("cross_entropy", 0.0)
             metrics["cross_entropy_tokens"] = 0.0 if own else float(len(targets))

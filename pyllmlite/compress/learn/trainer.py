@@ -29,9 +29,9 @@ from pyllmlite.core.errors import ConfigError, ModelError, PyllmliteError
 from pyllmlite.engine.interrupt import DeferredInterrupt
 
 # (module, batch) to (mean loss over the micro-batch's tokens, metrics).  A metric named "tokens"
-# is the number that the mean was taken over: micro-batches then count by their tokens; "NAME_tokens"
-# is that of the metric NAME, where it is another.  An objective gives the same names for every
-# batch, since ranks add them up by their place.
+# is the number that the mean was taken over: micro-batches then count by their tokens.  One named
+# "NAME_tokens" is that of the metric NAME, where it is another number.  An objective gives the same
+# names for every batch: ranks add their values up by their place.
 Objective = Callable[[Any, Any], tuple[Any, dict[str, float]]]
 
 

@@ -220,8 +220,9 @@ def test_a_metric_is_the_mean_over_its_own_tokens(tmp_path):
     def counted(module, batch):
         loss, _ = objective(module, batch)
         first = batch["index"] == 0
-        return loss, {"tokens": 8.0 if first else 2.0, "all": float(first),
-                      "some": 5.0 if first else 0.0, "some_tokens": 3.0 if first else 0.0}  # fmt: skip
+        if first:
+            return loss, {"tokens": 8.0, "all": 1.0, "some": 5.0, "some_tokens": 3.0}
+        return loss, {"tokens": 2.0, "all": 0.0, "some": 0.0, "some_tokens": 0.0}
 
     _, history = train(tmp_path / "run", use=counted, grad_accumulation=2, steps=2)
     first, second = history.records
