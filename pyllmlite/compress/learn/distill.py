@@ -23,6 +23,7 @@ from pyllmlite._version import __version__
 from pyllmlite.compress.learn import require_torch
 from pyllmlite.compress.learn.distill_settings import DistillSettings
 from pyllmlite.compress.learn.draft import needed_acceptance
+from pyllmlite.compress.learn.export import name_of
 from pyllmlite.compress.learn.memory import check_memory
 from pyllmlite.compress.learn.progress import Progress
 from pyllmlite.compress.learn.records import Record, read_records, sha256_of
@@ -119,7 +120,7 @@ def distill(
     processes = Processes(settings.train.get("device") or "auto")
     try:
         speaks = say if say is not None and processes.first else _silent
-        run = _Run(source, teacher or str(source.path), student, settings, work, threads, speaks)
+        run = _Run(source, name_of(teacher, source), student, settings, work, threads, speaks)
         run.shown = progress and processes.first
         return run.all(given, processes, force, restart)
     finally:

@@ -14,11 +14,14 @@ from tiny_models import TINY
 from pyllmlite.compress.learn import trainer as trainer_module
 from pyllmlite.compress.learn.distill import distill
 from pyllmlite.compress.learn.distill_settings import DistillSettings
+from pyllmlite.compress.learn.export import card, name_of
 from pyllmlite.compress.learn.filters import Filters
 from pyllmlite.compress.learn.head import Head
 from pyllmlite.compress.learn.records import read_records
 from pyllmlite.compress.learn.teacher_text import TextSettings
 from pyllmlite.core.errors import CapacityError, ConfigError, ModelError
+from pyllmlite.model.hub import DEFAULT_MODEL
+from pyllmlite.model.source import open_model
 
 TEXT = TextSettings(num_sequences=24, max_tokens=10, chat=False, filters=Filters(min_tokens=2))
 TRAIN = {"batch_size": 4, "seq_len": 32, "learning_rate": 3e-3, "steps": 6, "save_every": 2}
@@ -137,6 +140,20 @@ def test_other_settings_and_outputs_that_are_there(teacher, tmp_path, monkeypatc
     assert json.loads((out / "distill.json").read_text())["mode"] == "sequence"
     with pytest.raises(ConfigError, match="holds the model that is read"):
         run(teacher, teacher, force=True)
+
+
+def test_the_card_names_no_path_of_this_machine(teacher, tmp_path, monkeypatch):
+    """Nor a hub id that is none."""
+    monkeypatch.chdir(teacher.parent.parent)
+    relative = f"{teacher.parent.name}/{teacher.name}"
+    run(relative, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "of `teacher`, distilled" in text and "base_model" not in text
+    assert str(teacher.parent) not in (tmp_path / "out" / "distill" / "data.jsonl").read_text()
+    source = open_model(relative)
+    assert name_of(None, source) == DEFAULT_MODEL and name_of("org/m", source) == "org/m"
+    facts = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert "base_model: org/m" in card("n", {**facts, "teacher": "org/m"})
 
 
 def test_text_alone_and_trained_on_later(teacher, tmp_path):
