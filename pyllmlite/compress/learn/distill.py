@@ -22,11 +22,13 @@ from pyllmlite._version import __version__
 from pyllmlite.compress.learn import require_torch
 from pyllmlite.compress.learn.distill_settings import DistillSettings
 from pyllmlite.compress.learn.draft import needed_acceptance
+from pyllmlite.compress.learn.export import name_of
 from pyllmlite.compress.learn.memory import check_memory
 from pyllmlite.compress.learn.progress import Progress
 from pyllmlite.compress.learn.records import Record, read_records, sha256_of
 from pyllmlite.compress.learn.student import (
     Cut,
+    check_student,
     check_vocabularies,
     freeze_embeddings,
     load_module,
@@ -109,13 +111,14 @@ def distill(
                 f"top_k is {settings.top_k}, the vocabulary has {source.spec.vocab_size} tokens"
             )
         _check_size(source, given, settings)
+        check_student(source, given)
         seq_len, positions = settings.train_settings("", 1).seq_len, _positions(source, given)
         if seq_len > positions:
             raise ConfigError(f"seq_len {seq_len} is more than the models' {positions} positions")
     processes = Processes(settings.train.get("device") or "auto")
     try:
         speaks = say if say is not None and processes.first else _silent
-        run = _Run(source, teacher or str(source.path), student, settings, work, threads, speaks)
+        run = _Run(source, name_of(teacher, source), student, settings, work, threads, speaks)
         run.shown = progress and processes.first
         return run.all(given, processes, force, restart)
     finally:

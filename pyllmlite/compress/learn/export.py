@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from pyllmlite.compress.model_files import DTYPES, write_tokenizer_files
 from pyllmlite.compress.shard import disk_errors, write_text
+from pyllmlite.model.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from pyllmlite.model.source import ModelSource
 
 FACTS = "distill.json"
+
+
+def name_of(model: str | None, source: ModelSource) -> str:
+    """What a card calls the model that was asked for: its alias or hub id, or the name of its
+    directory, since a path means nothing elsewhere."""
+    if model is not None and Path(model).expanduser().exists():
+        return source.path.name
+    return model or DEFAULT_MODEL
 
 
 def write_module(module: Any, tokenizer_of: ModelSource, directory: Path, dtype: str) -> None:
@@ -44,7 +53,7 @@ def card(name: str, facts: dict[str, Any]) -> str:
     """README.md in the form that model hubs read."""
     teacher, text, train = facts["teacher"], facts["text"], facts["training"]
     lines = ["---", "library_name: transformers", "tags:", "- distillation"]
-    if "/" in teacher and not teacher.startswith((".", "/")):
+    if "/" in teacher:  # a hub id: see name_of
         lines.append(f"base_model: {teacher}")
     lines += ["---", "", f"# {name}", "", f"`{facts['student']}` of `{teacher}`, distilled with "
               f"{facts['made_by']}.", "", "## How", "", "| | |", "| --- | --- |"]  # fmt: skip

@@ -58,6 +58,7 @@ class FakeQuantModel:
         self.view, self.start = view, start
         check_start(view, start)
         layered = LayeredModel(start.source)
+        self._rescaled: set[str] = set()
         self.module = without_dropout(layered.fill())
         self.layers = layered.layers
         self.dtype = {"f32": None, "bf16": torch.bfloat16, "f16": torch.float16}[dtype]
@@ -76,6 +77,8 @@ class FakeQuantModel:
                 )
             weight = self.view.weight(floats[name])
             lean = weight if same_basis(made, weight) else None
+            if lean is None or rescaled(made, weight):
+                self._rescaled.add(module.name)
             try:
                 quant = FakeQuant(made, lean, _bits_of(made, bits))
             except ConfigError as error:
@@ -136,7 +139,8 @@ class FakeQuantModel:
 
     # -- the way back ----------------------------------------------------------------------
     def results(self) -> Iterator[LayerResult]:
-        """What the writer takes, layer by layer, under the checkpoint's names.
+        """What the writer takes, layer by layer, under the checkpoint's names; ``loss`` is the
+        squared distance from the float weights over their square, of matrices in their basis.
 
         Raises:
             ModelError: A matrix has diverged, named.
@@ -152,6 +156,8 @@ class FakeQuantModel:
                     except ModelError as error:
                         raise ModelError(f"{prefix}{name}: {error}") from None
             for module in self.view.modules(index):
+                if module.name in self._rescaled:
+                    continue
                 weight = self.view.weight(module)
                 off = linears[module.name].float32() - weight
                 size = float(np.square(weight, dtype=np.float64).sum())
@@ -211,6 +217,19 @@ def same_basis(made: LinearWeight, weight: np.ndarray) -> bool:
     groups = np.arange(weight.shape[1]) // (made.group_size or weight.shape[1])
     steps = np.abs(made.float32() - weight) / np.maximum(scale, 1e-30)[:, groups]
     return float(np.minimum(steps, 100).mean()) < SAME_BASIS
+
+
+def rescaled(made: LinearWeight, weight: np.ndarray) -> bool:
+    """Whether scales of rows or of columns are most of what codes and matrix differ in: AWQ folds
+    their inverse into the norm or the matrix before, and the model computes the same."""
+    codes, floats = made.float32(), weight.astype(np.float32)
+    off = float(np.square(codes - floats, dtype=np.float64).sum())
+    for axis in (0, 1):
+        sizes = np.square(floats).sum(axis, keepdims=True)
+        scales = (codes * floats).sum(axis, keepdims=True) / np.maximum(sizes, 1e-30)
+        if float(np.square(codes - scales * floats, dtype=np.float64).sum()) < 0.5 * off:
+            return True
+    return False
 
 
 def _bits_of(made: LinearWeight, bits: int | None) -> int | None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyllmlite.core.errors import ConfigError, ModelError
+from pyllmlite.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyllmlite.compress.layered_model import LayeredModel
     from pyllmlite.compress.learn.student import Cut
+    from pyllmlite.core.spec import ModelSpec
 
 _PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -38,20 +39,14 @@ def narrowed(
         layers: Those that will be kept: only their activations count.
         texts: Token ids to see activations on.
     Raises:
-        ConfigError: The family's layers are not Llama's, or there is no text.
+        ConfigError: See :func:`check_narrower`; or there is no text.
     """
     spec = layered.source.spec
-    names = {name for name, _ in layered.layers[0].named_modules()}
-    if not names.issuperset(_PARTS):
-        raise ConfigError(
-            f"a narrower student cannot be cut out of {spec.architecture}: only layers with "
-            "separate q, k, v, gate and up projections are known; keep to layers=N"
-        )
+    check_narrower(layered, cut)
     if not texts:
         raise ConfigError("a narrower student needs text to see which parts are used")
     seen = _importance(layered, model, layers, texts)
     state = dict(model.state_dict())
-    tied = spec.tie_embeddings
     hidden = _largest(seen["hidden"], cut.hidden) if cut.hidden else None
     for index in layers:
         at = f"{layered.layer_name(index)}."
@@ -69,7 +64,10 @@ def narrowed(
             _keep(state, at + "self_attn.v_proj", rows=narrow)
             _keep(state, at + "self_attn.o_proj", columns=wide)
     if hidden is not None:
-        _keep_channels(state, hidden, spec.hidden_size, tied)
+        for name, value in state.items():
+            axis = _channels(name, value, spec)
+            if axis is not None:
+                state[name] = value[hidden] if axis == 0 else value[:, hidden]
         config.hidden_size = cut.hidden
     if cut.mlp:
         config.intermediate_size = cut.mlp
@@ -77,6 +75,20 @@ def narrowed(
         config.num_attention_heads, config.num_key_value_heads = cut.heads, cut.kv_heads
     config.head_dim = spec.head_dim  # no longer hidden size over heads
     return state
+
+
+def check_narrower(layered: LayeredModel, cut: Cut) -> None:
+    """``ConfigError`` unless this family can be cut so; it needs no weights."""
+    spec = layered.source.spec
+    names = {name for name, _ in layered.layers[0].named_modules()}
+    if not names.issuperset(_PARTS):
+        raise ConfigError(
+            f"a narrower student cannot be cut out of {spec.architecture}: only layers with "
+            "separate q, k, v, gate and up projections are known; keep to layers=N"
+        )
+    if cut.hidden:
+        for name, value in layered.model.state_dict().items():
+            _channels(name, value, spec)
 
 
 def _importance(
@@ -154,19 +166,21 @@ def _keep(state: dict[str, Any], module: str, rows: Any = None, columns: Any = N
     state[module + ".weight"] = weight
 
 
-def _keep_channels(state: dict[str, Any], kept: Any, size: int, tied: bool) -> None:
-    """The residual stream's channels, in every tensor that reads or writes it."""
-    for name, value in state.items():
-        module, _, kind = name.rpartition(".")
-        last = module.rpartition(".")[2]
-        if last in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            state[name] = value[:, kept] if kind == "weight" else value
-        elif last in ("o_proj", "down_proj"):
-            state[name] = value[kept]
-        elif last in ("embed_tokens", "lm_head"):
-            state[name] = value[:, kept] if kind == "weight" else value
-        elif value.ndim == 1 and value.shape[0] == size and "norm" in last:
-            if last not in ("q_norm", "k_norm"):
-                state[name] = value[kept]
-        elif value.shape:
-            raise ModelError(f"a narrower student: what {name} belongs to is not known")
+def _channels(name: str, value: Any, spec: ModelSpec) -> int | None:
+    """Which axis of a tensor holds the residual stream's channels, that read or write it."""
+    module, _, kind = name.rpartition(".")
+    last = module.rpartition(".")[2]
+    if last in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
+        return 1 if kind == "weight" else None
+    if last in ("o_proj", "down_proj"):
+        return 0
+    if last in ("q_norm", "k_norm") and value.shape == (spec.head_dim,):
+        return None  # of a head's features
+    if "norm" in last and value.shape == (spec.hidden_size,):
+        return 0
+    if value.shape:
+        raise ConfigError(
+            f"a student with fewer channels cannot be cut out of {spec.architecture}: what {name} "
+            "belongs to is not known; leave hidden=N out"
+        )
+    return None

@@ -112,6 +112,9 @@ class OnPolicy:
                 longest = max(len(ids) for ids in batch["prompts"])
                 room = max(1, min(room, self.seq_len + 1 - longest))
             written = sample(module, batch["prompts"], room, self.sampling_temperature, self.eos)
+            # Some releases of torch keep autocast's copies of weights that were made without a
+            # graph and take them again below, where they would leave the weights no gradient.
+            torch.clear_autocast_cache()
             batch, more = written.batch, written.arguments
         head, judge = Head(module), Head(self.teacher)
         hidden, targets = _at_targets(head, batch, **more)
@@ -130,7 +133,11 @@ class OnPolicy:
             return _mixed(logits, targets[first:last], kl, task)
 
         total, sums = chunked_sum(hidden, loss, head.trained)
-        return _mean(total, {**sums, "own": float(own) * len(targets)}, len(targets))
+        loss_mean, metrics = _mean(total, {**sums, "own": float(own) * len(targets)}, len(targets))
+        if self.task_weight:  # the same names whoever wrote: ranks add them up
+            metrics.setdefault("cross_entropy", 0.0)
+            metrics["cross_entropy_tokens"] = 0.0 if own else float(len(targets))
+        return loss_mean, metrics
 
 
 def directions(direction: str | float) -> list[tuple[str, float]]:

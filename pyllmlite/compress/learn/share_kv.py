@@ -19,6 +19,7 @@ from pyllmlite._version import __version__
 from pyllmlite.compress.calibration import SELF, calibration_tokens
 from pyllmlite.compress.layered_model import LayeredModel
 from pyllmlite.compress.learn import one_process, require_torch
+from pyllmlite.compress.learn.export import name_of
 from pyllmlite.compress.learn.kv_sharing import (
     GROUPINGS,
     POOLINGS,
@@ -39,7 +40,6 @@ from pyllmlite.compress.place import (
 from pyllmlite.compress.shard import disk_errors, write_text
 from pyllmlite.compress.texts import read_text, windows_of
 from pyllmlite.core.errors import ConfigError, ModelError
-from pyllmlite.model.hub import DEFAULT_MODEL
 from pyllmlite.model.source import ModelSource, open_model
 
 if TYPE_CHECKING:
@@ -109,6 +109,14 @@ class ShareSettings:
             )
         if self.tokens is not None and self.tokens < 0:
             raise ConfigError(f"tokens must not be negative, got {self.tokens}")
+        for name, least in (
+            ("seq_len", 2), ("batch_size", 1), ("grad_accumulation", 1), ("num_sequences", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name == "num_sequences":
+                continue
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     @property
     def budget(self) -> int:
@@ -162,6 +170,11 @@ def share_kv(
     source = open_model(model)
     check_model(source, settings.kv_heads)
     if settings.steps:
+        if settings.seq_len > source.spec.max_position_embeddings:
+            raise ConfigError(
+                f"seq_len {settings.seq_len} is beyond the model's "
+                f"{source.spec.max_position_embeddings} positions"
+            )
         check_room(source.spec, 1.0, training_plan(settings, Path(out)))
     out = Path(os.path.abspath(out))
     check_place(out, source.path, force, [settings.text, *([eval_text] if eval_text else [])])
@@ -181,8 +194,7 @@ def share_kv(
             if not _worth_keeping(partial):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        local = model is not None and Path(model).expanduser().exists()
-        facts["base_model"] = source.path.name if local else model or DEFAULT_MODEL
+        facts["base_model"] = name_of(model, source)
         write_text(partial / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         write_text(partial / "README.md", card(out.name, facts))
         publish(partial, out)

@@ -160,6 +160,33 @@ def make_student(teacher: ModelSource, cut: Cut, texts: Sequence[list[int]] = ()
     return student.requires_grad_(True).eval()
 
 
+def check_student(teacher: ModelSource, given: ModelSource | Cut) -> None:
+    """Before any work: whether the family can be cut so and what is behind its last norm is known.
+
+    The second is asked of one layer with random weights; what :func:`make_student` or
+    :func:`load_module` give may be asked again.
+
+    Raises:
+        ConfigError, ModelError: Neither the cut nor the family will do.
+    """
+    import torch
+    import transformers
+
+    from pyllmlite.compress.learn.narrow import check_narrower
+    from pyllmlite.compress.learn.objectives import check_head
+
+    layered = LayeredModel(teacher if isinstance(given, Cut) else given)
+    if isinstance(given, Cut) and given.narrower:
+        check_narrower(layered, given)
+    config = copy.deepcopy(layered.model.config)
+    _set_layers(config, [0])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        module.get_output_embeddings().weight.mul_(20)  # a soft cap shows on large logits only
+    check_head(module)
+
+
 def freeze_embeddings(module: Any) -> None:
     """Embedding and output matrix stay as they are: a third less work for a small model, and no
     optimizer state for them."""

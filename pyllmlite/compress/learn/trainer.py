@@ -29,7 +29,9 @@ from pyllmlite.core.errors import ConfigError, ModelError, PyllmliteError
 from pyllmlite.engine.interrupt import DeferredInterrupt
 
 # (module, batch) to (mean loss over the micro-batch's tokens, metrics).  A metric named "tokens"
-# is the number that the mean was taken over: micro-batches then count by their tokens.
+# is the number that the mean was taken over: micro-batches then count by their tokens.  One named
+# "NAME_tokens" is that of the metric NAME, where it is another number.  An objective gives the same
+# names for every batch: ranks add their values up by their place.
 Objective = Callable[[Any, Any], tuple[Any, dict[str, float]]]
 
 
@@ -249,7 +251,9 @@ class Trainer:
             weighted += float(loss.detach()) * weight
             for name, value in metrics.items():
                 if name != "tokens":
-                    sums[name] = sums.get(name, 0.0) + float(value) * weight
+                    count = name.endswith("_tokens")
+                    times = 1.0 if count else metrics.get(f"{name}_tokens", weight)
+                    sums[name] = sums.get(name, 0.0) + float(value) * times
         asked = interrupt.noted
         names = sorted(sums)
         total, weighted, any_asked, *values = processes.sum(
@@ -274,9 +278,15 @@ class Trainer:
             "grad_norm": norm,
             "tokens": total,
             "seconds": time.perf_counter() - started,
-            **{name: value / total for name, value in zip(names, values, strict=True)},
+            **_means(dict(zip(names, values, strict=True)), total),
         }
         return record, any_asked > 0
+
+
+def _means(sums: dict[str, float], total: float) -> dict[str, float]:
+    """Of the metrics; one that no token of the step had is left out."""
+    counts = {n: sums.get(f"{n}_tokens", total) for n in sums if not n.endswith("_tokens")}
+    return {name: sums[name] / count for name, count in counts.items() if count > 0}
 
 
 def decaying_groups(model: Any) -> list[dict[str, Any]]:

@@ -14,10 +14,14 @@ from tiny_models import TINY
 from pyllmlite.compress.learn import trainer as trainer_module
 from pyllmlite.compress.learn.distill import distill
 from pyllmlite.compress.learn.distill_settings import DistillSettings
+from pyllmlite.compress.learn.export import card, name_of
 from pyllmlite.compress.learn.filters import Filters
+from pyllmlite.compress.learn.head import Head
 from pyllmlite.compress.learn.records import read_records
 from pyllmlite.compress.learn.teacher_text import TextSettings
-from pyllmlite.core.errors import CapacityError, ConfigError
+from pyllmlite.core.errors import CapacityError, ConfigError, ModelError
+from pyllmlite.model.hub import DEFAULT_MODEL
+from pyllmlite.model.source import open_model
 
 TEXT = TextSettings(num_sequences=24, max_tokens=10, chat=False, filters=Filters(min_tokens=2))
 TRAIN = {"batch_size": 4, "seq_len": 32, "learning_rate": 3e-3, "steps": 6, "save_every": 2}
@@ -153,6 +157,20 @@ def test_what_another_command_left_is_not_published(teacher, tmp_path):
     assert "distill.json" in left and not left & {".pyllmlite", names[0]}
 
 
+def test_the_card_names_no_path_of_this_machine(teacher, tmp_path, monkeypatch):
+    """Nor a hub id that is none."""
+    monkeypatch.chdir(teacher.parent.parent)
+    relative = f"{teacher.parent.name}/{teacher.name}"
+    run(relative, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "of `teacher`, distilled" in text and "base_model" not in text
+    assert str(teacher.parent) not in (tmp_path / "out" / "distill" / "data.jsonl").read_text()
+    source = open_model(relative)
+    assert name_of(None, source) == DEFAULT_MODEL and name_of("org/m", source) == "org/m"
+    facts = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert "base_model: org/m" in card("n", {**facts, "teacher": "org/m"})
+
+
 def test_text_alone_and_trained_on_later(teacher, tmp_path):
     result = run(teacher, tmp_path / "text", student=None, mode="text")
     assert result.facts["text"]["records"] == 24
@@ -246,6 +264,17 @@ def test_bad_input_is_one_line(teacher, tmp_path, monkeypatch):
                   {"mode": "text", "data": "x"}):  # fmt: skip
         with pytest.raises(ConfigError):
             settings(**words)
+
+
+def test_students_that_cannot_be_are_refused_before_the_text(teacher, tmp_path, monkeypatch):
+    gpt2 = TINY["gpt2"](tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match="cannot be cut out of gpt2"):
+        run(gpt2, tmp_path / "x", "mlp=20", top_k=8, train={**TRAIN, "seq_len": 8})
+    monkeypatch.setattr(Head, "__call__", lambda self, hidden: 2 * self.linear(hidden))
+    for student in ("layers=1", str(teacher)):
+        with pytest.raises(ModelError, match="computes more than its output matrix"):
+            run(teacher, tmp_path / "x", student)
+    assert not (tmp_path / "x.partial").exists()
 
 
 def test_two_processes_are_two_micro_batches(teacher, tmp_path):

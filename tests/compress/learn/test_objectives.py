@@ -207,7 +207,10 @@ def test_objectives_are_their_formulas(source, module, stored):
     loss, metrics = policy(student, batch)
     kl = losses.full_divergence(ours, theirs, 2.0, "reverse").mean()
     torch.testing.assert_close(loss, 0.7 * kl + 0.3 * entropy, atol=1e-4, rtol=1e-4)
-    assert metrics["own"] == 0
+    assert metrics["own"] == 0 and metrics["cross_entropy_tokens"] == metrics["tokens"]
+    _, written = OnPolicy(module, 2.0, "reverse", 0.3, max_tokens=2)(student, batch)
+    assert written.keys() == metrics.keys()  # ranks add them up by their place
+    assert written["own"] == 1 and written["cross_entropy_tokens"] == 0
 
 
 def test_bf16_products_give_nearly_the_same_gradient(source, stored, monkeypatch):
@@ -222,6 +225,23 @@ def test_bf16_products_give_nearly_the_same_gradient(source, stored, monkeypatch
         loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
+
+
+def test_what_was_sampled_under_autocast_leaves_the_gradient(source, module):
+    """Weights are cast for the writing first, without a graph."""
+    batch = {"prompts": [[5, 6, 7], [8]], "index": 0}
+    found = []
+    for enabled in (False, True):
+        student = student_of(source)
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = OnPolicy(module, max_tokens=3, sampling_temperature=0.0)(student, batch)
+        loss.backward()
+        found.append({n: p.grad for n, p in student.named_parameters()})
+    for name, gradient in found[1].items():
+        assert gradient is not None and bool(gradient.any()), name
+    flat = [torch.cat([g.flatten() for g in one.values()]) for one in found]
+    assert (flat[0] - flat[1]).norm() < 0.2 * flat[0].norm()
 
 
 def test_gradients_of_a_tied_matrix(source, stored):

@@ -1,16 +1,18 @@
 """Quantization-aware training end to end on tiny models: what is written is what was trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from tiny_models import TINY, reference
 
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layouts import layout_named
 from pyllmlite.compress.learn.fake_quant import FakeQuantLinear
-from pyllmlite.compress.learn.fake_quant_model import FakeQuantModel, same_basis
+from pyllmlite.compress.learn.fake_quant_model import FakeQuantModel, rescaled, same_basis
 from pyllmlite.compress.learn.qat import QatSettings, qat_model, train
 from pyllmlite.compress.learn.token_windows import mean_losses
 from pyllmlite.compress.quantize import quantize_model
@@ -174,6 +176,30 @@ def test_a_scaled_start_is_no_lean(model, tmp_path):
     codes = start.tensor(module.name + ".weight").base.codes()
     weight = view.weight(module)
     assert same_basis(codes, weight) and not same_basis(codes, 4 * weight)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_scaled_matrices_have_no_loss(model, tmp_path, bits):
+    """Columns scaled and the inverse in the norm, as AWQ does it: the codes differ from the float
+    matrix by more than they lost."""
+    view = HFView(open_model(str(model)))
+    shutil.copytree(model, tmp_path / "scaled")
+    path = tmp_path / "scaled" / "model.safetensors"
+    state = load_file(path)
+    scales = np.geomspace(0.5, 2, 64, dtype=np.float32)
+    for part in ("q", "k", "v"):
+        state[f"model.layers.0.self_attn.{part}_proj.weight"] *= scales
+    state["model.layers.0.input_layernorm.weight"] /= scales
+    save_file(state, path, metadata={"format": "pt"})
+    start = start_of(tmp_path / "scaled", tmp_path / "start", "gptq", bits=bits)
+    start = HFView(open_model(str(start)))
+    first, second = (r.loss for r in FakeQuantModel(view, start, bits, "f32").results())
+    names = {f"self_attn.{part}_proj" for part in "qkv"}
+    assert len(second) == 7 and first.keys() == second.keys() - names
+    assert all(value < 0.2 for loss in (first, second) for value in loss.values())
+    module = view.modules(1)[0]
+    codes, weight = start.tensor(module.name + ".weight").base.codes(), view.weight(module)
+    assert not rescaled(codes, weight) and rescaled(codes, scales[:, None] * weight)
 
 
 def test_the_float_models_own_logits_are_the_teachers(tmp_path):

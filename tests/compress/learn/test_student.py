@@ -9,8 +9,10 @@ from tiny_models import TINY
 from pyllmlite.compress.layered_model import LayeredModel
 from pyllmlite.compress.learn.draft import needed_acceptance, speed_up
 from pyllmlite.compress.learn.export import write_module
+from pyllmlite.compress.learn.narrow import check_narrower
 from pyllmlite.compress.learn.student import (
     Cut,
+    check_student,
     check_vocabularies,
     freeze_embeddings,
     kept_layers,
@@ -124,6 +126,29 @@ def test_fewer_channels(teacher, tmp_path):
             state["model.embed_tokens.weight"].T]  # fmt: skip
     assert kept == sorted(kept) and len(set(kept)) == 40
     round_trip(student, source, tmp_path / "s")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_fewer_channels_beside_norms_of_queries_and_keys(family, tmp_path):
+    source = open_model(str(TINY[family](tmp_path / "t")))
+    hidden = source.spec.hidden_size - 4
+    check_student(source, Cut(hidden=hidden))
+    student = make_student(source, Cut(hidden=hidden), [IDS[0].tolist()])
+    full = load_module(source).state_dict()
+    name = "model.layers.0.self_attn.q_norm.weight"
+    assert torch.equal(student.state_dict()[name], full[name])
+    assert student.state_dict()["model.norm.weight"].shape == (hidden,)
+    with torch.no_grad():
+        assert student(input_ids=IDS).logits.isfinite().all()
+
+
+def test_what_belongs_nowhere_is_refused_before_any_work(tmp_path):
+    layered = LayeredModel(open_model(str(TINY["llama"](tmp_path / "t"))))
+    check_narrower(layered, Cut(hidden=8))
+    layered.model.register_buffer("odd", torch.zeros(3))
+    check_narrower(layered, Cut(mlp=8))
+    with pytest.raises(ConfigError, match="what odd belongs to is not known"):
+        check_narrower(layered, Cut(hidden=8))
 
 
 def test_narrower_students_of_other_families_are_refused(tmp_path):

@@ -214,6 +214,22 @@ def test_log_and_picture(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_a_metric_is_the_mean_over_its_own_tokens(tmp_path):
+    """Two micro-batches a step; ``some`` is of 3 tokens of the first, or of none at all."""
+
+    def counted(module, batch):
+        loss, _ = objective(module, batch)
+        first = batch["index"] == 0
+        if first:
+            return loss, {"tokens": 8.0, "all": 1.0, "some": 5.0, "some_tokens": 3.0}
+        return loss, {"tokens": 2.0, "all": 0.0, "some": 0.0, "some_tokens": 0.0}
+
+    _, history = train(tmp_path / "run", use=counted, grad_accumulation=2, steps=2)
+    first, second = history.records
+    assert (first["all"], first["some"], first["tokens"]) == (0.8, 5.0, 10.0)
+    assert second["all"] == 0.0 and "some" not in second and "some_tokens" not in first
+
+
 def test_schedules(tmp_path):
     one = settings(tmp_path, steps=100, warmup=10, learning_rate=1.0, final_ratio=0.1)
     assert one.learning_rate_at(0) == pytest.approx(0.1)
