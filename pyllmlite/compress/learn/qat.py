@@ -27,7 +27,7 @@ from pyllmlite.compress.evaluate import PROVENANCE
 from pyllmlite.compress.hf_view import HFView
 from pyllmlite.compress.layouts import layout_named
 from pyllmlite.compress.learn import one_process, require_torch
-from pyllmlite.compress.learn.settings import TrainSettings
+from pyllmlite.compress.learn.settings import training_plan
 from pyllmlite.compress.quantize import Result, measure, quantize_model
 from pyllmlite.compress.settings import Settings, completed
 from pyllmlite.compress.shard import write_text
@@ -291,22 +291,6 @@ def train(
         "last_loss": records[-1]["loss"],
         "learned": learned,
     }
-
-
-def training_plan(settings: QatSettings, out: Path) -> TrainSettings:
-    """In the trainer's words."""
-    return TrainSettings(
-        steps=settings.steps,
-        out=out,
-        batch_size=settings.batch_size,
-        seq_len=settings.seq_len,
-        grad_accumulation=settings.grad_accumulation,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        dtype=settings.precision,
-        save_every=settings.save_every,
-        device=settings.device,
-    )
 
 
 def _castless(quantizing: Settings, ready: bool) -> Settings:

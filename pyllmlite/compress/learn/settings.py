@@ -109,3 +109,19 @@ class TrainSettings:
 
 
 NAMES = tuple(f.name for f in fields(TrainSettings))
+
+
+def training_plan(settings: Any, out: Path) -> TrainSettings:
+    """The trainer's words for the settings of a command that trains (``qat``, ``share-kv``)."""
+    return TrainSettings(
+        steps=settings.steps,
+        out=out,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        grad_accumulation=settings.grad_accumulation,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        dtype=settings.precision,
+        save_every=settings.save_every,
+        device=settings.device,
+    )

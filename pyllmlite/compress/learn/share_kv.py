@@ -27,7 +27,7 @@ from pyllmlite.compress.learn.kv_sharing import (
     check_heads,
     share_heads,
 )
-from pyllmlite.compress.learn.settings import TrainSettings
+from pyllmlite.compress.learn.settings import training_plan
 from pyllmlite.compress.place import (
     SHARE_KV_STATE,
     STATE_FOLDER,
@@ -395,22 +395,6 @@ def _uptrain(
         "last_loss": records[-1]["loss"],
         "seconds": sum(record["seconds"] for record in records),
     }
-
-
-def training_plan(settings: ShareSettings, out: Path) -> TrainSettings:
-    """In the trainer's words."""
-    return TrainSettings(
-        steps=settings.steps,
-        out=out,
-        batch_size=settings.batch_size,
-        seq_len=settings.seq_len,
-        grad_accumulation=settings.grad_accumulation,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        dtype=settings.precision,
-        save_every=settings.save_every,
-        device=settings.device,
-    )
 
 
 def _tokens(
